@@ -1,0 +1,223 @@
+"""Configuration becomes objects here, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from suasion.config.schema import PpoConfig
+from suasion.core.errors import ConfigError, ModelError
+from suasion.core.seeding import seed_of
+from suasion.data.codec import Codec
+from suasion.data.sources import Source, fitting, spread
+from suasion.functional.losses import clipped_surrogate, clipped_value_loss
+from suasion.models.adapters import add_lora
+from suasion.models.load import (
+    context_of,
+    dtype_for,
+    load_causal_lm,
+    load_codec,
+    load_reward_model,
+    new_reward_model,
+    save_model,
+    switch_off_dropout,
+)
+from suasion.models.roles import (
+    AdapterOffReference,
+    Critic,
+    FrozenReference,
+    ModelCritic,
+    Policy,
+    Reference,
+    TrunkCritic,
+    hidden_size_of,
+)
+from suasion.rollout.rewards import load_function, load_reward
+from suasion.trainers.fit import device_for_training
+from suasion.trainers.policy import PolicyTrainer, UpdateSettings
+from suasion.trainers.ppo import PpoLoop, PpoParts
+from suasion.trainers.sft import save_trained
+
+
+def ppo(config: PpoConfig, folder: Path, *, seed: int, console: Console) -> dict[str, Any]:
+    """Build the policy stage, run it, and save policy and critic."""
+    assert config.model is not None
+    device = device_for_training()
+    torch.manual_seed(seed_of(seed, "ppo") % 2**63)  # adapters draw their first weights from it
+    codec = load_codec(config.model, config.template)
+    policy = _policy(config, device)
+    reference: Reference = (
+        AdapterOffReference(policy) if config.lora.r else FrozenReference.copy_of(policy)
+    )
+    critic = _critic(config, policy, codec, device)
+    critic.module.to(device)
+    optimizer = _optimizer(config, policy, critic)
+    trainer = PolicyTrainer(
+        policy,
+        critic,
+        optimizer,
+        _schedule(config, optimizer),
+        partial(clipped_surrogate, clip_low=config.clip, clip_high=config.clip),
+        partial(clipped_value_loss, clip=config.critic.clip),
+        _settings(config),
+        pad_id=codec.pad_id,
+        autocast=autocast_for(config.precision, device),
+    )
+    queries, fixed = _prompts(config, policy, codec)
+    parts = PpoParts(
+        policy,
+        reference,
+        critic,
+        trainer,
+        load_reward(str(config.reward), config.template),
+        codec,
+        queries,
+        fixed,
+    )
+    with _Trackers(config.track, folder, device) as trackers:
+        loop = PpoLoop(parts, config, folder=folder, seed=seed, console=console, log=trackers.log)
+        result = loop.run()
+    save_trained(folder, policy.model, codec.tokenizer, config.template, merge=config.lora.merge)
+    _save_critic(folder / "critic", critic, codec, config.template)
+    return {**result, "prompts": len(queries), "critic": config.critic.kind}
+
+
+def autocast_for(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """Context of each forward pass: fp32 weights, arithmetic as asked."""
+    dtype = dtype_for(precision, device)
+    if dtype is torch.float32:
+        return nullcontext
+    return partial(torch.autocast, device.type, dtype=dtype)
+
+
+def _policy(config: PpoConfig, device: torch.device) -> Policy:
+    model: Any = load_causal_lm(str(config.model))
+    if config.lora.r:
+        model = add_lora(model, config.lora, dropout=False)
+    switch_off_dropout(model)
+    model.to(device)
+    return Policy(model, config.response.temperature)
+
+
+def _critic(config: PpoConfig, policy: Policy, codec: Codec, device: torch.device) -> Critic:
+    if config.critic.kind == "value_head":
+        return TrunkCritic(hidden_size_of(policy))
+    if config.critic.kind == "policy_copy":
+        model = new_reward_model(str(config.model), codec.pad_id, torch.float32)
+        torch.nn.init.zeros_(model.score.weight)
+    else:
+        source = str(config.reward)
+        if not Path(source).is_dir():
+            raise ConfigError(
+                f"ppo.critic.kind is reward_model, but ppo.reward is {source}, not a model folder",
+                "use critic.kind value_head or policy_copy",
+            )
+        judge = load_codec(source, config.template)
+        if judge.tokenizer.get_vocab() != codec.tokenizer.get_vocab():
+            raise ModelError(
+                f"the critic would come from {source}, whose tokenizer is not the policy's",
+                "use critic.kind value_head or policy_copy",
+            )
+        model = load_reward_model(source)
+    switch_off_dropout(model)
+    return ModelCritic(model.to(device))
+
+
+def _optimizer(config: PpoConfig, policy: Policy, critic: Critic) -> torch.optim.Optimizer:
+    kind = load_function(config.optimizer)
+    rate = config.learning_rate
+    groups = [
+        {"params": [p for _, p in policy.trainable()], "lr": rate},
+        {"params": list(critic.module.parameters()), "lr": config.critic.learning_rate or rate},
+    ]
+    try:
+        optimizer = kind(groups, lr=rate)
+    except TypeError as error:
+        raise ConfigError(f"ppo.optimizer {config.optimizer}: {error}") from error
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(f"ppo.optimizer {config.optimizer} is not a torch optimizer")
+    return optimizer
+
+
+def _schedule(config: PpoConfig, optimizer: torch.optim.Optimizer) -> Any:
+    def share(step: int) -> float:
+        return 1.0 if config.schedule == "constant" else max(1.0 - step / config.steps, 0.0)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+
+
+def _settings(config: PpoConfig) -> UpdateSettings:
+    return UpdateSettings(
+        epochs=config.epochs,
+        mini_batch_size=config.mini_batch_size,
+        micro_batch_tokens=config.micro_batch_tokens,
+        max_grad_norm=config.max_grad_norm,
+        value_coef=config.critic.coef,
+        entropy_coef=config.entropy,
+        clip=config.clip,
+        value_clip=config.critic.clip,
+        whiten_mini_batches=config.whiten == "mini_batch",
+        kl_stop=config.kl.stop,
+    )
+
+
+def _prompts(config: PpoConfig, policy: Policy, codec: Codec) -> tuple[list[str], list[str]]:
+    """Prompts to learn on, and the fixed ones to watch: held-out ones where there are any."""
+    context = context_of(policy.model.config)
+    room = min(config.prompt_tokens or context, context - config.response.max_tokens)
+    if room < 1:
+        raise ConfigError(
+            f"ppo.response.max_tokens {config.response.max_tokens} leaves no room for a prompt "
+            f"in a context of {context} tokens",
+            "shorten the responses",
+        )
+    source = Source(Path(str(config.data)))
+    queries = fitting(source.queries("policy"), codec, room, config.too_long, str(config.data))
+    watched = source.queries("evaluation") if source.prepared else queries
+    candidates = spread(watched, 4 * config.samples) if config.samples else []
+    fits = [q for q in candidates if len(codec.prompt_ids(q)) <= room]
+    return queries, fits[: config.samples]
+
+
+def _save_critic(folder: Path, critic: Critic, codec: Codec, template: str) -> None:
+    if critic.on_trunk:
+        from safetensors.torch import save_file
+
+        from suasion.core.files import atomic_folder
+
+        with atomic_folder(folder) as partial_folder:
+            tensors = {k: v.cpu() for k, v in critic.module.state_dict().items()}
+            save_file(tensors, partial_folder / "value_head.safetensors")
+        return
+    save_model(folder, critic.module, codec.tokenizer, template)
+
+
+class _Trackers:
+    """Experiment trackers through accelerate; scalars only."""
+
+    def __init__(self, names: tuple[str, ...], folder: Path, device: torch.device) -> None:
+        from accelerate import Accelerator
+
+        self._accelerator = Accelerator(
+            cpu=device.type == "cpu",
+            log_with=list(names) or None,  # type: ignore[arg-type]
+            project_dir=str(folder / "tracking"),
+        )
+        (folder / "tracking").mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> _Trackers:
+        self._accelerator.init_trackers("ppo")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._accelerator.end_training()
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Hand one iteration's scalars to every tracker."""
+        self._accelerator.log(values, step=step)

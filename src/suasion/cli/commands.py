@@ -1,0 +1,217 @@
+"""Each command of `suasion`: arguments in, exit code out."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from suasion.config import schema
+from suasion.config.load import parse_overrides, validate
+from suasion.config.recipe import load_recipe
+from suasion.core.errors import ConfigError, DataError, SuasionError
+
+NEEDS = {
+    "pretrain": ("text",),
+    "sft": ("model", "data"),
+    "reward": ("model", "data"),
+    "ppo": ("model", "reward", "data"),
+    "merge": ("model", "data"),
+    "evaluate": ("data",),
+}
+"""Inputs a stage needs when it is called alone."""
+
+KINDS: dict[str, type[Any]] = {
+    "pretrain": schema.PretrainConfig,
+    "sft": schema.SftConfig,
+    "reward": schema.RewardConfig,
+    "ppo": schema.PpoConfig,
+    "merge": schema.MergeConfig,
+    "evaluate": schema.EvaluateConfig,
+}
+
+
+def stage(name: str, arguments: Sequence[str]) -> int:
+    """One stage on its own."""
+    from suasion.cli.options import need, parse_stage
+
+    call = parse_stage(KINDS[name], name, arguments)
+    need(name, **{key: getattr(call.config, key) for key in NEEDS[name]})
+    _run_one(name, call)
+    return 0
+
+
+def prepare(arguments: Sequence[str]) -> int:
+    """`prepare stackexchange DUMP_DIR --out DIR`."""
+    from suasion.cli.options import parse_stage, show_help
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        show_help(schema.PrepareConfig, "prepare stackexchange DUMP_DIR")
+        return 0
+    kind, *rest = arguments
+    if kind != "stackexchange":
+        raise ConfigError(
+            f"prepare {kind}: unknown kind of source",
+            "suasion prepare stackexchange DUMP_DIR --out DIR; preference tables with the columns "
+            "query, chosen, rejected need no preparing",
+        )
+    if rest and not rest[0].startswith("-"):
+        rest = ["--dump", *rest]
+    call = parse_stage(schema.PrepareConfig, "prepare stackexchange", rest)
+    _run_one("prepare", call)
+    return 0
+
+
+def _run_one(name: str, call: Any) -> None:
+    from suasion.cli.run import set_threads
+    from suasion.cli.stages import run_stage
+
+    quiet_libraries()
+    set_threads(call.threads)
+    run_stage(name, call.config, Path(call.out), seed=call.seed, console=Console())
+
+
+def run(arguments: Sequence[str]) -> int:
+    """`run RECIPE.yaml [--key.key value ...]`."""
+    from suasion.cli.options import show_help
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: suasion run RECIPE.yaml [--stage.key value ...]\n")
+        show_help(schema.Recipe, "run RECIPE.yaml")
+        return 0
+    path, *overrides = arguments
+    recipe = load_recipe(Path(path), overrides)
+    quiet_libraries()
+    from suasion.cli.run import run_recipe
+
+    run_recipe(recipe, Console())
+    return 0
+
+
+def demo(arguments: Sequence[str]) -> int:
+    """`demo [--out DIR] [--seed N] [--questions N] [--key.key value ...]`."""
+    if any(word in ("-h", "--help") for word in arguments):
+        print(
+            "usage: suasion demo [--out DIR] [--seed N] [--questions N] [--stage.key value ...]\n\n"
+            "Writes a small Stack Exchange dump with a known truth into DIR/dump (default\n"
+            "runs/demo), then runs the whole pipeline on it. Any key of the recipe can be\n"
+            "overridden; see suasion run --help."
+        )
+        return 0
+    given = parse_overrides(arguments)
+    values = {key: given[key] for key in ("out", "seed", "questions") if key in given}
+    options = validate(schema.DemoConfig, values, "the options")
+    from suasion.data.world import write_dump
+
+    console = Console()
+    dump = Path(options.out) / "dump"
+    recipe = load_recipe(
+        Path(__file__).with_name("demo.yaml"),
+        [
+            *_without(arguments, "--questions"),
+            "--prepare.dump",
+            str(dump),
+            "--out",
+            options.out,
+            "--seed",
+            str(options.seed),
+        ],
+    )
+    console.print(f"[bold]world[/]  {options.questions:,} questions -> {dump}", highlight=False)
+    write_dump(dump, seed=options.seed, questions=options.questions)
+    quiet_libraries()
+    from suasion.cli.run import run_recipe
+
+    run_recipe(recipe, console)
+    return 0
+
+
+def _without(arguments: Sequence[str], flag: str) -> list[str]:
+    """The arguments less one flag and its value."""
+    kept: list[str] = []
+    skip = False
+    for word in arguments:
+        if skip:
+            skip = False
+        elif word == flag:
+            skip = True
+        elif not word.startswith(f"{flag}="):
+            kept.append(word)
+    return kept
+
+
+def generate(arguments: Sequence[str]) -> int:
+    """`generate --model M (--prompt TEXT | --data FILE) [--out FILE]`."""
+    from suasion.cli.options import need, show_help
+
+    if any(word in ("-h", "--help") for word in arguments):
+        show_help(schema.GenerateConfig, "generate")
+        return 0
+    config = validate(schema.GenerateConfig, parse_overrides(arguments), "the options")
+    need("generate", model=config.model)
+    if (config.prompt is None) == (config.data is None):
+        raise ConfigError("suasion generate needs either --prompt or --data")
+    quiet_libraries()
+    from suasion.evaluate.generate import generate as body
+
+    body(config, Console())
+    return 0
+
+
+def report(arguments: Sequence[str]) -> int:
+    """`report RUN_DIR [--out FILE]`."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: suasion report RUN_DIR [--out FILE.html]")
+        return 0
+    folder, *rest = arguments
+    values = parse_overrides(rest)
+    unknown = set(values) - {"out"}
+    if unknown:
+        raise ConfigError(f"suasion report has no option --{min(unknown)}", "it has only --out")
+    run_folder = Path(folder)
+    if not run_folder.is_dir():
+        raise DataError(f"no such run folder: {run_folder}")
+    from suasion.evaluate.report import write_report
+
+    page = write_report(
+        run_folder, Path(str(values.get("out", run_folder / "report" / "index.html")))
+    )
+    print(page)
+    return 0
+
+
+def quiet_libraries() -> None:
+    """No progress bars and advice of the libraries between our lines; nothing is downloaded."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+
+def unknown_command(name: str) -> SuasionError:
+    """The error for a command that does not exist, with the nearest one that does."""
+    close = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"commands: {', '.join(COMMANDS)}"
+    return ConfigError(f"unknown command {name!r}", hint)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "demo": demo,
+    "run": run,
+    "prepare": prepare,
+    **{name: partial(stage, name) for name in KINDS},
+    "generate": generate,
+    "report": report,
+}

@@ -1,0 +1,98 @@
+"""The command line: find the command, run it, turn mistakes into one message and an exit code.
+
+Nothing heavy is imported here, so that help and mistakes in a recipe answer at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Sequence
+
+from suasion.core.errors import StorageError, SuasionError
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+HELP = """\
+suasion: from people's votes to a model they prefer, with every step checked
+
+  suasion demo [--out DIR] [--seed N]     the whole pipeline on a small world with a known truth
+  suasion run RECIPE.yaml [--key.key V]   the stages of a recipe, in order; finished ones are skipped
+
+stages, each on its own:
+  suasion prepare stackexchange DUMP_DIR --out DIR    votes -> questions, answers, pairs
+  suasion pretrain --text PATH --out DIR              raw text -> language model
+  suasion sft      --model M --data D --out DIR       questions and answers -> supervised model
+  suasion reward   --model M --data D --out DIR       pairs -> reward model
+  suasion ppo      --model M --reward R --data D --out DIR   reward -> policy
+  suasion merge    --model ADAPTER --data D --out DIR        adapter + base -> plain model
+  suasion evaluate --before A --after B --data D --out DIR   two models side by side
+  suasion generate --model M --prompt TEXT            answers of a model
+  suasion report   RUN_DIR                            one page about a run
+
+  suasion COMMAND --help                  every option with its default
+  suasion --version
+
+exit codes: 0 done, 2 configuration, 3 data, 4 model, 5 reward, 6 training, 7 disk, 130 interrupted
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: Without the program's name; default: the process's.
+
+    Returns:
+        The exit code.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if words[0] == "--version":
+        from suasion import __version__
+
+        print(f"suasion {__version__}")
+        return 0
+    try:
+        from suasion.cli.commands import COMMANDS, unknown_command
+
+        command = COMMANDS.get(words[0])
+        if command is None:
+            raise unknown_command(words[0])
+        return command(words[1:])
+    except SuasionError as error:
+        return _explain(error)
+    except KeyboardInterrupt:
+        again = " ".join(["suasion", *words])
+        print(
+            f"\ninterrupted; what was finished is kept. To go on, run the same command:\n  {again}",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+            return _explain(_refused(str(error.filename or "the output"), error.strerror))
+        raise
+    except Exception as error:  # noqa: BLE001 (only to recognise a full disk; else raised again)
+        if "No space left" in str(error) or "File too large" in str(error):
+            return _explain(_refused("the output", str(error)))
+        raise
+
+
+def _refused(where: str, reason: str | None) -> StorageError:
+    return StorageError(
+        f"cannot write {where}: {reason}",
+        "free some space and run the same command again; finished stages are kept",
+    )
+
+
+def _explain(error: SuasionError) -> int:
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Typed configuration: frozen dataclasses in, one list of mistakes out."""

@@ -1,0 +1,1 @@
+"""What every room shares: errors, files, seeds, records, progress."""

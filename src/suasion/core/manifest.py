@@ -1,0 +1,196 @@
+"""A stage's folder and the manifest that says what it was made from.
+
+A finished stage has `manifest.json`; one that was begun has `begun.json`, written before anything
+else. Both carry a fingerprint of configuration, inputs by content, seed and version: a finished
+stage whose fingerprint still holds is skipped, a begun one is continued, anything else starts anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import suasion
+from suasion.core.errors import ConfigError, DataError
+from suasion.core.files import PARTIAL, file_hash, folder_hashes, read_json, write_json
+
+MANIFEST = "manifest.json"
+BEGUN = "begun.json"
+SCRATCH = ("checkpoints", "scratch", "tracking")
+"""Folders of a stage that are not part of its result; the first two go when it is finished."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a stage was made from, and what it made."""
+
+    stage: str
+    """Its name."""
+    fingerprint: str
+    """SHA-256 of everything that decides the result."""
+    config: Mapping[str, Any]
+    """Resolved configuration."""
+    inputs: Mapping[str, str]
+    """Content hash of each input, by its name in the configuration."""
+    seed: int
+    """Root seed."""
+
+
+def begin(
+    stage: str, config: Mapping[str, Any], inputs: Mapping[str, str | None], seed: int
+) -> Manifest:
+    """Describe a stage about to run. Paths in `config` do not count, their contents do."""
+    hashes = {name: content_hash(source) for name, source in inputs.items() if source}
+    decided = {key: value for key, value in config.items() if key not in inputs}
+    parts = [stage, decided, hashes, seed, suasion.__version__]
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return Manifest(stage, hashlib.sha256(text.encode()).hexdigest(), config, hashes, seed)
+
+
+def content_hash(source: str) -> str:
+    """Hash of what an input holds: a file, a folder, or the name itself if it is neither."""
+    path = Path(source)
+    if path.is_file():
+        return file_hash(path)
+    if path.is_dir():
+        listed = json.dumps(folder_hashes(path, (*SCRATCH, MANIFEST, BEGUN)), sort_keys=True)
+        return hashlib.sha256(listed.encode()).hexdigest()
+    return f"name:{source}"
+
+
+def finished(folder: Path, manifest: Manifest) -> dict[str, Any] | None:
+    """The stored manifest, if this very stage is finished in `folder` and its files are intact."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    stored: dict[str, Any] = read_json(path)
+    if stored.get("fingerprint") != manifest.fingerprint:
+        return None
+    for name, expected in stored["outputs"].items():
+        output = folder / name
+        if not output.is_file() or file_hash(output) != expected:
+            return None
+    return stored
+
+
+def claim(folder: Path, manifest: Manifest) -> bool:
+    """Make `folder` ready for the stage; True if it was begun before and can be continued.
+
+    Raises:
+        ConfigError: the folder holds files that no stage of ours wrote.
+    """
+    begun = folder / BEGUN
+    if begun.is_file():
+        try:
+            same = read_json(begun).get("fingerprint") == manifest.fingerprint
+        except DataError:
+            same = False
+        if same:
+            return True
+    elif folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        raise ConfigError(
+            f"{folder} holds files that suasion did not write", "choose an empty --out folder"
+        )
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(begun, {"stage": manifest.stage, "fingerprint": manifest.fingerprint})
+    return False
+
+
+def complete(
+    folder: Path, manifest: Manifest, result: Mapping[str, Any], seconds: float
+) -> dict[str, Any]:
+    """Write the manifest, drop scratch files, and return what was written."""
+    for name in SCRATCH[:2]:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for leftover in folder.rglob(f"*{PARTIAL}"):
+        leftover.unlink(missing_ok=True)
+    outputs = folder_hashes(folder, (*SCRATCH, MANIFEST, BEGUN))
+    counts = result.get("counts")
+    stored: dict[str, Any] = {
+        "stage": manifest.stage,
+        "status": "complete",
+        "fingerprint": manifest.fingerprint,
+        "seed": manifest.seed,
+        "seconds": round(seconds, 3),
+        **({"counts": counts} if counts else {}),
+        "result": {key: value for key, value in result.items() if key != "counts"},
+        "config": dict(manifest.config),
+        "inputs": dict(manifest.inputs),
+        "outputs": outputs,
+        "versions": versions(),
+        "commit": commit(),
+    }
+    write_json(folder / MANIFEST, stored)
+    (folder / BEGUN).unlink(missing_ok=True)
+    return stored
+
+
+def changed_keys(folder: Path, manifest: Manifest) -> list[str]:
+    """What differs between a finished stage in `folder` and the one about to run, for people."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return []
+    stored = read_json(path)
+    before, now = dict(_flat(stored.get("config", {}))), dict(_flat(manifest.config))
+    changes = [
+        f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+    inputs = stored.get("inputs", {})
+    changes += [
+        f"{key}: other content"
+        for key in manifest.inputs
+        if inputs.get(key) != manifest.inputs[key]
+    ]
+    if stored.get("seed") != manifest.seed:
+        changes.append(f"seed: {stored.get('seed')} -> {manifest.seed}")
+    return changes or ["its files were changed, or another version made it"]
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    pairs: list[tuple[str, str]] = []
+    for key, inner in value.items():
+        if isinstance(inner, Mapping):
+            pairs += _flat(inner, f"{prefix}{key}.")
+        else:
+            pairs.append((f"{prefix}{key}", json.dumps(inner, default=str)))
+    return pairs
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides numbers."""
+    found = {"python": platform.python_version(), "suasion": suasion.__version__}
+    for name in ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """Commit of the source tree suasion runs from, or None when it was installed as a package."""
+    here = Path(__file__).resolve().parent
+    if not any((parent / ".git").exists() for parent in here.parents):
+        return None
+    try:
+        found = subprocess.run(  # noqa: S603
+            ["git", "-C", str(here), "rev-parse", "HEAD"],  # noqa: S607
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()

@@ -1,0 +1,1 @@
+"""From raw dumps to records: sources, cleaning, splits, packing."""

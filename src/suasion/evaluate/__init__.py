@@ -1,0 +1,1 @@
+"""What came out: perplexity, accuracy, win rates, the report."""

@@ -1,0 +1,213 @@
+"""Log-probabilities and entropies of tokens, from logits or straight from hidden states.
+
+Logits are divided by the sampling temperature in policy, reference and update alike, or ratio and
+KL speak of another distribution than the one that was sampled (vwxyzjn/
+summarize_from_feedback_details@ee77a9ab summarize_from_feedback_details/ppo.py). Half-precision
+inputs are softmaxed in float32; all results are in nats.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def token_logprobs(
+    logits: Float[Tensor, "*shape V"], tokens: Int[Tensor, "*shape"], temperature: float = 1.0
+) -> Float[Tensor, "*shape"]:
+    """Log-probability of each token, `log_softmax(logits / temperature)[token]`.
+
+    Args:
+        logits: Scores over the vocabulary at the position that predicts each token.
+        tokens: The tokens, already shifted to the positions that predict them.
+        temperature: The sampling temperature.
+
+    Returns:
+        Log-probabilities in nats, float32 or wider.
+
+    Raises:
+        ValueError: The temperature is not positive.
+    """
+    scaled = _scaled(logits, temperature)
+    chosen = scaled.gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
+    return chosen - scaled.logsumexp(-1)
+
+
+def entropy_from_logits(
+    logits: Float[Tensor, "*shape V"], temperature: float = 1.0
+) -> Float[Tensor, "*shape"]:
+    """Exact entropy of the tempered distribution, `-sum_v p_v log p_v`.
+
+    A logit of minus infinity (a forbidden token) adds nothing.
+
+    Args:
+        logits: Scores over the vocabulary.
+        temperature: The sampling temperature.
+
+    Returns:
+        Entropies in nats, float32 or wider.
+
+    Raises:
+        ValueError: The temperature is not positive.
+    """
+    logp = torch.log_softmax(_scaled(logits, temperature), dim=-1)
+    return -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
+
+
+def linear_logprobs(
+    hidden: Float[Tensor, "N D"],
+    weight: Float[Tensor, "V D"],
+    bias: Float[Tensor, " V"] | None,
+    tokens: Int[Tensor, " N"],
+    temperature: float = 1.0,
+    *,
+    chunk: int = 512,
+    with_entropy: bool = False,
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"] | None]:
+    """Token log-probabilities from the hidden states in front of an output head.
+
+    Equal to `token_logprobs(hidden @ weight.T + bias, tokens, temperature)`, but the logits exist
+    for `chunk` positions at a time, in the forward and, recomputed, in the backward pass: memory
+    is `chunk * V` instead of `N * V`. Gradients reach hidden, weight and bias, through the entropy
+    too; what needs no gradient costs none. Differentiable once.
+
+    Args:
+        hidden: Final hidden states, flattened over batch and time (select the positions that count
+            beforehand).
+        weight: The output head's weight.
+        bias: The output head's bias, if it has one.
+        tokens: The token predicted at each position.
+        temperature: The sampling temperature.
+        chunk: Positions whose logits exist at the same time.
+        with_entropy: Also compute the exact entropy at each position.
+
+    Returns:
+        Log-probabilities in nats, and entropies in nats or None; float32 or wider.
+
+    Raises:
+        ValueError: Temperature or chunk is not positive.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    device = hidden.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+    # Recomputed logits must be bit-equal to the first ones, so the precision is settled here:
+    # the backward pass runs outside the caller's autocast region.
+    with torch.autocast(device, enabled=False):
+        logprobs, entropy = _LinearLogprobs.apply(
+            hidden.to(dtype),
+            weight.to(dtype),
+            None if bias is None else bias.to(dtype),
+            tokens.long(),
+            temperature,
+            chunk,
+            with_entropy,
+        )
+    return logprobs, entropy
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    """Chunked linear layer, softmax and selection in one node.
+
+    With z the tempered logits, p = softmax(z) and H the entropy:
+    d logp_token / dz = onehot - p, and dH / dz = -p (log p + H).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tokens: Tensor,
+        temperature: float,
+        chunk: int,
+        with_entropy: bool,  # noqa: FBT001  autograd functions take positions only
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.set_materialize_grads(False)
+        n = hidden.shape[0]
+        out_dtype = _wide(hidden.dtype)
+        logprobs = torch.empty(n, dtype=out_dtype, device=hidden.device)
+        normaliser = torch.empty_like(logprobs)
+        entropy = torch.empty_like(logprobs) if with_entropy else None
+        for start in range(0, n, chunk):
+            part = slice(start, start + chunk)
+            z = _tempered_logits(hidden[part], weight, bias, temperature)
+            normaliser[part] = z.logsumexp(-1)
+            logprobs[part] = z.gather(-1, tokens[part, None]).squeeze(-1) - normaliser[part]
+            if entropy is not None:
+                logp = z.sub_(normaliser[part, None])
+                entropy[part] = -logp.exp().mul_(logp).sum(-1)
+        ctx.save_for_backward(hidden, weight, bias, tokens, normaliser, entropy)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, tokens, normaliser, entropy = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        if grad_logprobs is None:
+            grad_logprobs = torch.zeros_like(normaliser)
+        # Sums over many chunks lose too much in half precision.
+        wide = _wide(weight.dtype)
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if needs_bias else None
+        for start in range(0, hidden.shape[0], ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            z = _tempered_logits(hidden[part], weight, bias, ctx.temperature)
+            logp = z.sub_(normaliser[part, None])
+            grad_z = logp.exp()
+            if grad_entropy is None:
+                grad_z.mul_(-grad_logprobs[part, None])
+            else:
+                slope = logp.add_(entropy[part, None]).mul_(-grad_entropy[part, None])
+                grad_z.mul_(slope.sub_(grad_logprobs[part, None]))
+            grad_z.scatter_add_(-1, tokens[part, None], grad_logprobs[part, None])
+            grad_z.div_(ctx.temperature)
+            if grad_bias is not None:
+                grad_bias += grad_z.sum(0)
+            grad_logits = grad_z.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = grad_logits @ weight
+            if grad_weight is not None:
+                grad_weight += grad_logits.T @ hidden[part]
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(weight.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _tempered_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float
+) -> Tensor:
+    """Logits of one chunk in float32 or wider, as a tensor that may be overwritten."""
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    return logits.to(_wide(logits.dtype)).div_(temperature)
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    return logits.to(_wide(logits.dtype)) / temperature
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in _HALF else dtype

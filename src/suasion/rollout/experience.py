@@ -1,0 +1,150 @@
+"""From sampled responses and their scores to what the update trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from suasion.core.records import Rollout, TokenBatch, padded, token_batch
+from suasion.functional import kl as kl_estimators
+from suasion.functional.masking import whiten
+from suasion.functional.rewards import token_rewards
+from suasion.models.roles import Critic, Policy, Reference
+
+Estimate = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(rewards, values, mask), all [B, R] -> (advantages, returns), both [B, R]."""
+
+
+@dataclass(frozen=True)
+class Experience:
+    """One iteration's responses with everything the update needs. B responses, R positions."""
+
+    queries: list[list[int]]
+    """Prompt tokens."""
+    responses: list[list[int]]
+    """Response tokens."""
+    mask: Tensor
+    """True at response tokens, bool, [B, R]."""
+    logprobs: Tensor
+    """Of the policy that sampled them, nats, [B, R]."""
+    ref_logprobs: Tensor
+    """Of the reference, nats, [B, R]."""
+    values: Tensor
+    """Of the critic at the time of the rollout, [B, R]."""
+    scores: Tensor
+    """What each response was worth, after baseline, scale and clip, [B]."""
+    rewards: Tensor
+    """Score at the last token minus the KL penalty at every token, [B, R]."""
+    advantages: Tensor
+    """Whitened or not, as asked, [B, R]."""
+    returns: Tensor
+    """Targets of the critic, [B, R]."""
+    kl_coef: float
+    """Weight of the penalty inside `rewards`."""
+
+    def __len__(self) -> int:
+        return len(self.responses)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence, query and response."""
+        return [len(q) + len(r) for q, r in zip(self.queries, self.responses, strict=True)]
+
+    def batch(self, rows: Sequence[int], pad_id: int) -> TokenBatch:
+        """The sequences of `rows`, padded."""
+        return token_batch(
+            [self.queries[i] for i in rows], [self.responses[i] for i in rows], pad_id
+        )
+
+
+def token_budget(
+    lengths: Sequence[int], budget: int, rows: Sequence[int] | None = None
+) -> Iterator[list[int]]:
+    """Group rows of similar length so that rows times longest stays within `budget` tokens.
+
+    A row longer than the budget is a group of its own.
+    """
+    order = sorted(range(len(lengths)) if rows is None else rows, key=lambda i: -lengths[i])
+    while order:
+        count = max(1, budget // lengths[order[0]])
+        yield order[:count]
+        order = order[count:]
+
+
+@torch.no_grad()
+def build_experience(
+    rollout: Rollout,
+    scores: Tensor,
+    *,
+    policy: Policy,
+    reference: Reference | None,
+    critic: Critic,
+    estimate: Estimate,
+    kl_coef: float,
+    whiten_advantages: bool,
+    pad_id: int,
+    batch_tokens: int,
+) -> Experience:
+    """Score each token: reference, values, rewards, advantages.
+
+    What the rollout already knows (its log-probabilities, the values of a critic on the policy's
+    trunk) is not computed again. The penalty is k1, `log policy - log reference`, in the reward:
+    what optimises score minus beta times KL (arXiv 2506.09477).
+
+    Args:
+        rollout: Sampled responses.
+        scores: One per response, [B].
+        policy: The model that sampled them.
+        reference: What the policy is held to; None for no penalty.
+        critic: Estimates returns.
+        estimate: Generalised advantage estimation with its constants.
+        kl_coef: Weight of the penalty.
+        whiten_advantages: Whiten over all response tokens of the batch.
+        pad_id: Fills batches.
+        batch_tokens: Most tokens in one forward pass.
+    """
+    device = policy.device
+    logprobs = padded(rollout.logprobs).to(device)
+    lengths = torch.tensor([len(response) for response in rollout.responses], device=device)
+    mask = torch.arange(logprobs.shape[1], device=device) < lengths[:, None]
+    values = padded(rollout.values).to(device) if rollout.values else torch.zeros_like(logprobs)
+    ref_logprobs = logprobs.clone()
+    if reference is not None or not rollout.values:
+        totals = [len(q) + len(r) for q, r in zip(rollout.queries, rollout.responses, strict=True)]
+        for rows in token_budget(totals, batch_tokens):
+            batch = token_batch(
+                [rollout.queries[i] for i in rows], [rollout.responses[i] for i in rows], pad_id
+            ).to(device)
+            if reference is not None:
+                _place(ref_logprobs, rows, mask, reference.logprobs(batch))
+            if not rollout.values:
+                hidden = policy.logprobs(batch)[2] if critic.on_trunk else torch.empty(0)
+                _place(values, rows, mask, critic.values(batch, hidden))
+    penalty = kl_estimators.k1(logprobs, ref_logprobs)
+    rewards = token_rewards(scores.to(device), penalty, mask, kl_coef=kl_coef)
+    advantages, returns = estimate(rewards, values, mask)
+    if whiten_advantages:
+        advantages = whiten(advantages, mask)
+    return Experience(
+        rollout.queries,
+        rollout.responses,
+        mask,
+        logprobs,
+        ref_logprobs,
+        values,
+        scores.to(device),
+        rewards,
+        advantages * mask,
+        returns * mask,
+        kl_coef,
+    )
+
+
+def _place(into: Tensor, rows: list[int], mask: Tensor, flat: Tensor) -> None:
+    """Write the response tokens of `rows`, one after the other in `flat`, to where they belong."""
+    block = into[rows]
+    block[mask[rows]] = flat.to(into.dtype)
+    into[rows] = block

@@ -1,0 +1,45 @@
+"""What an iteration's experience looked like, under the published names (mission, row C3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from suasion.functional.masking import masked_mean
+from suasion.rollout.experience import Experience
+
+
+def experience_statistics(
+    experience: Experience, raw: Tensor, finished: Sequence[bool]
+) -> dict[str, float]:
+    """Statistics of rewards, KL and lengths before the update.
+
+    Names and meanings follow huggingface/trl@v0.11.4, trl/trainer/ppo_trainer.py: `objective/kl` is
+    the mean over responses of the summed k1, `objective/entropy` the mean of the summed negative
+    log-probabilities, `ppo/mean_non_score_reward` the mean penalty of a token.
+
+    Args:
+        experience: The iteration.
+        raw: What the reward returned, [B].
+        finished: Whether each response ended by itself.
+    """
+    e = experience
+    difference = (e.logprobs - e.ref_logprobs) * e.mask
+    queries = torch.tensor([len(q) for q in e.queries], dtype=torch.float32)
+    responses = torch.tensor([len(r) for r in e.responses], dtype=torch.float32)
+    return {
+        "env/reward_mean": float(raw.mean()),
+        "env/reward_std": float(raw.std(unbiased=False)),
+        "objective/kl": float(difference.sum(-1).mean()),
+        "objective/kl_coef": e.kl_coef,
+        "objective/entropy": float(-(e.logprobs * e.mask).sum(-1).mean()),
+        "ppo/mean_scores": float(e.scores.mean()),
+        "ppo/std_scores": float(e.scores.std(unbiased=False)),
+        "ppo/mean_non_score_reward": float(masked_mean(-e.kl_coef * difference, e.mask)),
+        "tokens/queries_len_mean": float(queries.mean()),
+        "tokens/responses_len_mean": float(responses.mean()),
+        "tokens/responses_len_std": float(responses.std(unbiased=False)),
+        "tokens/unfinished": 1.0 - sum(finished) / len(finished),
+    }

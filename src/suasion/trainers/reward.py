@@ -1,0 +1,123 @@
+"""Reward model: which of two answers do people prefer?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.utils.data import Dataset
+
+from suasion.config.schema import RewardConfig
+from suasion.core.errors import DataError
+from suasion.core.records import token_batch
+from suasion.data.codec import Codec
+from suasion.data.sources import Source
+from suasion.functional.preference import pairwise_loss
+from suasion.models.adapters import add_lora
+from suasion.models.load import (
+    context_of,
+    load_codec,
+    new_reward_model,
+    switch_off_dropout,
+)
+from suasion.rollout.rewards import RewardModel
+from suasion.trainers.fit import device_for_training, fit
+from suasion.trainers.sft import save_trained
+
+TokenPair = tuple[list[int], list[int], list[int]]
+"""Prompt, chosen answer, rejected answer."""
+
+
+class Pairs(Dataset[TokenPair]):
+    """Pairs of answers as tokens."""
+
+    def __init__(self, rows: list[TokenPair], pad_id: int) -> None:
+        self._rows = rows
+        self._pad_id = pad_id
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> TokenPair:
+        return self._rows[index]
+
+    def collate(self, rows: list[TokenPair]) -> dict[str, Any]:
+        """One batch, the chosen answers in its first half and the rejected in its second."""
+        prompts = [prompt for prompt, _, _ in rows]
+        answers = [chosen for _, chosen, _ in rows] + [rejected for _, _, rejected in rows]
+        batch = token_batch(prompts + prompts, answers, self._pad_id)
+        return {"input_ids": batch.ids, "attention_mask": batch.mask.long()}
+
+
+def reward(config: RewardConfig, folder: Path, *, seed: int, console: Console) -> dict[str, Any]:
+    """Train a reward model on pairs. Writes `model/` (and `adapter/`).
+
+    Returns:
+        Counts of pairs and steps; the accuracy is for the caller, who has the intervals.
+    """
+    assert config.model is not None
+    assert config.data is not None
+    codec = load_codec(config.model, config.template)
+    device = device_for_training()
+    model: Any = new_reward_model(config.model, codec.pad_id, torch.float32)
+    switch_off_dropout(model)
+    limit = min(config.max_length or context_of(model.config), context_of(model.config))
+    source = Source(Path(config.data))
+    found = source.pairs("reward")
+    rows = token_pairs(found, codec, limit, config.too_long, config.data)
+    if config.lora.r:
+        model = add_lora(model, config.lora, head=True)
+    model.to(device)
+    pairs = Pairs(rows, codec.pad_id)
+
+    def loss(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        scores = model(**batch, use_cache=False).logits.float().squeeze(-1)
+        chosen, rejected = scores.chunk(2)
+        return pairwise_loss(chosen, rejected, centring=config.center).mean()
+
+    outcome = fit(
+        model,
+        pairs,
+        pairs.collate,
+        config,
+        folder=folder,
+        seed=seed,
+        console=console,
+        title="reward",
+        loss=loss,
+    )
+    save_trained(folder, model, codec.tokenizer, config.template, merge=config.lora.merge)
+    return {"pairs": len(rows), "pairs_left_out": len(found) - len(rows), **outcome}
+
+
+def token_pairs(
+    rows: list[dict[str, Any]], codec: Codec, limit: int, too_long: str, where: str
+) -> list[TokenPair]:
+    """Pairs as tokens, at most `limit` per text.
+
+    Raises:
+        DataError: a pair is too long and `too_long` is "error", or none is left.
+    """
+    kept: list[TokenPair] = []
+    for number, row in enumerate(rows):
+        chosen, rejected = codec.judged_ids(row["chosen"]), codec.judged_ids(row["rejected"])
+        room = limit - max(len(chosen), len(rejected))
+        if room < 1 and too_long != "error":
+            continue
+        query = codec.fit_query(row["query"], room, too_long, f"{where}, pair {number}")  # type: ignore[arg-type]
+        if query is not None:
+            kept.append((codec.prompt_ids(query), chosen, rejected))
+    if not kept:
+        raise DataError(
+            f"{where}: no pair fits into {limit} tokens", "cut queries or take a longer context"
+        )
+    return kept
+
+
+def pair_scores(judge: RewardModel, rows: list[TokenPair]) -> tuple[list[float], list[float]]:
+    """Scores of the chosen and of the rejected answers."""
+    texts = [(p, c) for p, c, _ in rows] + [(p, r) for p, _, r in rows]
+    scores = judge.score_tokens(texts)
+    return scores[: len(rows)], scores[len(rows) :]

@@ -1,0 +1,25 @@
+"""Run-time shape checks for suasion.functional, when nothing imported it earlier."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+from beartype import BeartypeConf, beartype
+from jaxtyping import install_import_hook
+
+# The hook wants an importable name; ints pass for floats, as PEP 484 says.
+_checker = types.ModuleType("suasion_test_typechecker")
+_checker.check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # type: ignore[attr-defined]
+sys.modules.setdefault(_checker.__name__, _checker)
+
+_installed_in_time = "suasion.functional.masking" not in sys.modules
+if _installed_in_time:
+    install_import_hook("suasion.functional", f"{_checker.__name__}.check")
+
+
+@pytest.fixture(scope="session")
+def shapes_checked() -> bool:
+    """Whether suasion.functional was imported under the hook."""
+    return _installed_in_time
