@@ -57,10 +57,10 @@ def main(names: list[str]) -> int:
         for mutant in mutants_of(module.read_text(encoding="utf-8")):
             total += 1
             if not killed(module, mutant):
-                survivors.add(f"{module.stem}.{mutant.key}")
+                key = f"{module.stem}.{mutant.key}"
+                survivors.add(key)
+                print("listed:  " if key in known else "survived:", key, flush=True)
     expected = {key for key in known if key.split(".")[0] in {p.stem for p in modules}}
-    for key in sorted(survivors - expected):
-        print(f"survived: {key}")
     for key in sorted(expected - survivors):
         print(f"listed as equivalent, but killed or gone: {key}")
     seconds = time.monotonic() - started
@@ -117,8 +117,10 @@ def warm_up() -> None:
     os.chdir(ROOT)
     sys.dont_write_bytecode = True
     run_pytest(sorted(set(TESTS.glob("test_*.py")) - LEFT_OUT))
-    for name in [n for n in sys.modules if n.startswith(("suasion", "tests", "test_"))]:
-        del sys.modules[name]
+    ours = (str(ROOT / "src"), str(TESTS))
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(ours):
+            del sys.modules[name]
 
 
 if __name__ == "__main__":

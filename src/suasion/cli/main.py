@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that help and mistakes in a recipe answer at 
 from __future__ import annotations
 
 import errno
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SuasionError as error:
         return _explain(error)
     except KeyboardInterrupt:
-        again = " ".join(["suasion", *words])
+        again = shlex.join(["suasion", *words])
         print(
             f"\ninterrupted; what was finished is kept. To go on, run the same command:\n  {again}",
             file=sys.stderr,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, make_dataclass
 from typing import Any, Generic, TypeVar
 
 from suasion.config.load import parse_overrides, validate
-from suasion.config.schema import Strict
+from suasion.config.schema import Natural, Positive, Strict
 from suasion.core.errors import ConfigError
 
 Config = TypeVar("Config")
@@ -64,8 +64,8 @@ def show_help(kind: type[Any], command: str) -> None:
 @dataclass(frozen=True, kw_only=True)
 class _Shell(Strict):
     out: str
-    seed: int = 1
-    threads: int | None = None
+    seed: Natural = 1
+    threads: Positive | None = None
 
 
 def _with_out(kind: type[Any]) -> type[Any]:

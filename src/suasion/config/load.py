@@ -43,7 +43,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """Turn `--ppo.learning_rate 1e-5 --seed=3` into a nested mapping; values are YAML.
+    """Turn `--ppo.learning_rate 1e-5 --seed=3` into a nested mapping.
+
+    Values stay text, and the validator turns them into what their option is: a prompt of `42` or
+    `Rice: how long?` is a text and no number or mapping. Only `null`, `[...]` and `{...}` are read
+    as YAML.
 
     Raises:
         ConfigError: an argument is not of that form.
@@ -74,6 +78,8 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _plain(text: str) -> Any:
+    if text not in ("null", "~") and not text.startswith(("[", "{")):
+        return text
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:

@@ -20,7 +20,19 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         ConfigError: every mistake in the file and the overrides, or a stage without its input.
     """
     values = merged(read_yaml(path), parse_overrides(overrides))
-    return resolve(validate(Recipe, values, str(path)))
+    return resolve(with_template(validate(Recipe, values, str(path))))
+
+
+def with_template(recipe: Recipe) -> Recipe:
+    """Give the recipe's template, where it has one, to every stage."""
+    if recipe.template is None:
+        return recipe
+    stages = {
+        name: replace(stage, template=recipe.template)
+        for name in STAGES
+        if (stage := getattr(recipe, name)) is not None and hasattr(stage, "template")
+    }
+    return replace(recipe, **stages)
 
 
 def resolve(recipe: Recipe) -> Recipe:

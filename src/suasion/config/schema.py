@@ -381,6 +381,8 @@ class Recipe(Strict):
     """Every generator is derived from it by name."""
     threads: Positive | None = None
     """Processor threads; default: one per core."""
+    template: str | None = None
+    """How a query and a response become text, for every stage at once."""
     prepare: PrepareConfig | None = None
     """From votes to pairs."""
     pretrain: PretrainConfig | None = None

@@ -179,13 +179,22 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Commit of the source tree suasion runs from, or None when it was installed as a package."""
-    here = Path(__file__).resolve().parent
-    if not any((parent / ".git").exists() for parent in here.parents):
+    """Commit of the source tree suasion runs from, or None when it was installed as a package.
+
+    A package in a virtual environment often lies inside its user's own repository, whose commit
+    says nothing about suasion: only a repository that tracks this very file counts.
+    """
+    here = Path(__file__).resolve()
+    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
         return None
+    return _git(here.parent, "rev-parse", "HEAD")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git prints in `folder`, or None where it refuses or is not installed."""
     try:
         found = subprocess.run(  # noqa: S603
-            ["git", "-C", str(here), "rev-parse", "HEAD"],  # noqa: S607
+            ["git", "-C", str(folder), *arguments],  # noqa: S607
             capture_output=True,
             text=True,
             check=True,

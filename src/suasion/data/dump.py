@@ -125,8 +125,7 @@ def rows(path: Path, on_bytes: Callable[[int], None] = lambda _: None) -> Iterat
         try:
             for _, element in parsed:
                 yield Row(dict(element.attrib), path, element.sourceline or 0)
-                # The parser keeps what it has read as a tree: drop the row and those before it.
-                element.clear()
+                # The parser keeps what it has read as a tree: drop the rows before this one.
                 parent = element.getparent()
                 while parent is not None and element.getprevious() is not None:
                     del parent[0]

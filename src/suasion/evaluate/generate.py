@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from suasion.config.schema import GenerateConfig
+from suasion.core.errors import ConfigError
 from suasion.core.files import keep_json_lines
 from suasion.core.progress import Meter
 from suasion.data.sources import Source, fitting
@@ -29,6 +30,12 @@ def generate(config: GenerateConfig, console: Console) -> None:
         source = Source(Path(str(config.data)))
         queries, where = source.queries("evaluation", config.limit), str(config.data)
     room = context_of(model.config) - config.response.max_tokens
+    if room < 1:
+        raise ConfigError(
+            f"response.max_tokens {config.response.max_tokens} leaves no room for a prompt "
+            f"in a context of {context_of(model.config)} tokens",
+            "shorten the response",
+        )
     queries = fitting(queries, codec, room, config.too_long, where)
     with Meter(console, "answering", len(queries), "answer") as meter:
         answers = answer(

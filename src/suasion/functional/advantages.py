@@ -44,7 +44,6 @@ def gae(
     Returns:
         Advantages and returns, both zero outside the mask.
     """
-    rewards, values = zero_outside(rewards, mask), zero_outside(values, mask)
     advantages = _discounted_deltas(rewards, values, mask, gamma, lam, bootstrap)
     if lam_critic is None:
         targets = advantages
@@ -61,7 +60,7 @@ def _discounted_deltas(
     lam: float | Tensor,
     bootstrap: Tensor | None,
 ) -> Tensor:
-    next_value = torch.zeros_like(values[:, 0]) if bootstrap is None else bootstrap
+    next_value = values.new_zeros(values.shape[0]) if bootstrap is None else bootstrap
     carry = torch.zeros_like(next_value)
     columns: list[Tensor] = []
     for t in reversed(range(rewards.shape[1])):
@@ -86,7 +85,7 @@ def length_adaptive_lam(lengths: Int[Tensor, " B"], *, alpha: float = 0.05) -> F
     Returns:
         One `lam` per answer.
     """
-    return (1 - 1 / (alpha * lengths.to(torch.get_default_dtype()))).clamp(min=0.0)
+    return (1 - 1 / (alpha * lengths)).clamp(min=0.0)
 
 
 def rewards_to_go(
@@ -102,7 +101,6 @@ def rewards_to_go(
     Returns:
         Returns, zero outside the mask.
     """
-    rewards = zero_outside(rewards, mask)
     return _discounted_deltas(rewards, torch.zeros_like(rewards), mask, gamma, 1.0, None)
 
 

@@ -142,11 +142,11 @@ class _LinearLogprobs(torch.autograd.Function):
         for start in range(0, n, chunk):
             part = slice(start, start + chunk)
             z = _tempered_logits(hidden[part], weight, bias, temperature)
-            normaliser[part] = z.logsumexp(-1)
-            logprobs[part] = z.gather(-1, tokens[part, None]).squeeze(-1) - normaliser[part]
+            normaliser[part] = z.logsumexp(1)
+            logprobs[part] = z.gather(1, tokens[part, None]).squeeze(1) - normaliser[part]
             if entropy is not None:
                 logp = z.sub_(normaliser[part, None])
-                entropy[part] = -logp.exp().mul_(logp).sum(-1)
+                entropy[part] = -logp.exp().mul_(logp).sum(1)
         ctx.save_for_backward(hidden, weight, bias, tokens, normaliser, entropy)
         ctx.temperature, ctx.chunk = temperature, chunk
         return logprobs, entropy
@@ -175,7 +175,7 @@ class _LinearLogprobs(torch.autograd.Function):
             else:
                 slope = logp.add_(entropy[part, None]).mul_(-grad_entropy[part, None])
                 grad_z.mul_(slope.sub_(grad_logprobs[part, None]))
-            grad_z.scatter_add_(-1, tokens[part, None], grad_logprobs[part, None])
+            grad_z.scatter_add_(1, tokens[part, None], grad_logprobs[part, None])
             grad_z.div_(ctx.temperature)
             if grad_bias is not None:
                 grad_bias += grad_z.sum(0)
@@ -184,15 +184,8 @@ class _LinearLogprobs(torch.autograd.Function):
                 grad_hidden[part] = grad_logits @ weight
             if grad_weight is not None:
                 grad_weight += grad_logits.T @ hidden[part]
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(weight.dtype),
-            None,
-            None,
-            None,
-            None,
-        )
+        # The engine casts the wide sums to the dtype of what they are the gradients of.
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
 def _tempered_logits(

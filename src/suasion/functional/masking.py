@@ -150,7 +150,7 @@ def sequence_mean_weights(mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         `1 / length` at counted tokens and zero elsewhere; an empty row has no weight.
     """
     lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)
-    return mask.to(torch.get_default_dtype()) / lengths
+    return mask / lengths
 
 
 def position_ids(mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:

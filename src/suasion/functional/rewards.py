@@ -31,7 +31,7 @@ def last_token_index(mask: Bool[Tensor, "B T"]) -> Int[Tensor, " B"]:
         rows = torch.nonzero(~mask.any(dim=1)).flatten().tolist()
         raise ValueError(f"answers without a token have no last token: rows {rows}")
     place = torch.arange(mask.shape[1], device=mask.device)
-    return torch.where(mask, place, -1).amax(dim=1)
+    return torch.where(mask, place, 0).amax(dim=1)
 
 
 def terminal_rewards(
@@ -144,7 +144,7 @@ def overlong_penalty(
     if not 1 <= buffer <= max_length:
         raise ValueError(f"buffer must lie in 1..{max_length}, got {buffer}")
     excess = (lengths - (max_length - buffer)).clamp(min=0, max=buffer)
-    return -factor * (excess.to(torch.get_default_dtype()) / buffer)
+    return -factor * (excess / buffer)
 
 
 def clip_scores(scores: Float[Tensor, " B"], bound: float) -> Float[Tensor, " B"]:

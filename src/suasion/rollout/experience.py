@@ -10,12 +10,14 @@ from torch import Tensor
 
 from suasion.core.records import Rollout, TokenBatch, padded, token_batch
 from suasion.functional import kl as kl_estimators
-from suasion.functional.masking import whiten
+from suasion.functional.masking import length_mask, whiten
 from suasion.functional.rewards import token_rewards
 from suasion.models.roles import Critic, Policy, Reference
 
 Estimate = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(rewards, values, mask), all [B, R] -> (advantages, returns), both [B, R]."""
+Penalty = Callable[[Tensor, Tensor], Tensor]
+"""(logprobs, ref_logprobs), both [B, R] -> penalty per token [B, R], nats."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Experience:
     responses: list[list[int]]
     """Response tokens."""
     mask: Tensor
-    """True at response tokens, bool, [B, R]."""
+    """True at response tokens that count, bool, [B, R]."""
     logprobs: Tensor
     """Of the policy that sampled them, nats, [B, R]."""
     ref_logprobs: Tensor
@@ -54,10 +56,14 @@ class Experience:
         return [len(q) + len(r) for q, r in zip(self.queries, self.responses, strict=True)]
 
     def batch(self, rows: Sequence[int], pad_id: int) -> TokenBatch:
-        """The sequences of `rows`, padded."""
-        return token_batch(
+        """The sequences of `rows`, padded; only response tokens that count are predicted."""
+        batch = token_batch(
             [self.queries[i] for i in rows], [self.responses[i] for i in rows], pad_id
         )
+        lengths = torch.tensor([len(self.responses[i]) for i in rows])
+        within = length_mask(lengths, self.mask.shape[1])
+        batch.predicts[batch.predicts.clone()] = self.mask[list(rows)].cpu()[within]
+        return batch
 
 
 def token_budget(
@@ -87,12 +93,14 @@ def build_experience(
     whiten_advantages: bool,
     pad_id: int,
     batch_tokens: int,
+    penalty: Penalty = kl_estimators.k1,
+    counts: Sequence[Tensor] | None = None,
 ) -> Experience:
     """Score each token: reference, values, rewards, advantages.
 
     What the rollout already knows (its log-probabilities, the values of a critic on the policy's
     trunk) is not computed again. The penalty is k1, `log policy - log reference`, in the reward:
-    what optimises score minus beta times KL (arXiv 2506.09477).
+    what optimises score minus beta times KL (arXiv 2506.09477). The other ones are for comparison.
 
     Args:
         rollout: Sampled responses.
@@ -105,11 +113,14 @@ def build_experience(
         whiten_advantages: Whiten over all response tokens of the batch.
         pad_id: Fills batches.
         batch_tokens: Most tokens in one forward pass.
+        penalty: What `kl_coef` weighs.
+        counts: For each response, False at tokens the policy did not choose (a tool's output), bool
+            [length]; None: it chose all of them.
     """
     device = policy.device
     logprobs = padded(rollout.logprobs).to(device)
     lengths = torch.tensor([len(response) for response in rollout.responses], device=device)
-    mask = torch.arange(logprobs.shape[1], device=device) < lengths[:, None]
+    mask = length_mask(lengths, logprobs.shape[1])
     values = padded(rollout.values).to(device) if rollout.values else torch.zeros_like(logprobs)
     ref_logprobs = logprobs.clone()
     if reference is not None or not rollout.values:
@@ -123,8 +134,10 @@ def build_experience(
             if not rollout.values:
                 hidden = policy.logprobs(batch)[2] if critic.on_trunk else torch.empty(0)
                 _place(values, rows, mask, critic.values(batch, hidden))
-    penalty = kl_estimators.k1(logprobs, ref_logprobs)
-    rewards = token_rewards(scores.to(device), penalty, mask, kl_coef=kl_coef)
+    if counts is not None:
+        mask = mask & padded(counts).bool().to(device)
+    penalties = penalty(logprobs, ref_logprobs)
+    rewards = token_rewards(scores.to(device), penalties, mask, kl_coef=kl_coef)
     advantages, returns = estimate(rewards, values, mask)
     if whiten_advantages:
         advantages = whiten(advantages, mask)

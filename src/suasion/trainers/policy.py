@@ -18,16 +18,16 @@ from suasion.functional.masking import masked_sum, whiten
 from suasion.models.roles import Critic, Policy
 from suasion.rollout.experience import Experience, token_budget
 
-RATIO_LIMIT = 10.0
-"""A mini-batch whose mean probability ratio is above this makes no step: something is broken, or
-one token's probability exploded (huggingface/trl@v0.11.4, `ratio_threshold`)."""
 STOP_FACTOR = 1.5
-"""Updates stop when the policy moved by this many times `kl_stop` (same source)."""
+"""Updates stop when the policy moved by this many times `kl_stop` (huggingface/trl@v0.11.4
+trl/trainer/ppo_trainer.py, `_early_stop`)."""
 
 PolicyLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(logprobs, old_logprobs, advantages), all [N] -> loss per token [N]."""
 ValueLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(values, old_values, returns), all [N] -> loss per token [N]."""
+Observer = Callable[[dict[str, Tensor]], None]
+"""Sees each mini-batch's values per token by name, all [N]: advantages, new, old, returns, ..."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,9 @@ class UpdateSettings:
     """Whiten advantages within each mini-batch."""
     kl_stop: float | None = None
     """Stop the iteration's updates when the mean log-ratio exceeds this by half, nats."""
+    ratio_limit: float = 10.0
+    """A mini-batch whose mean probability ratio is above this makes no step: something is broken,
+    or one token's probability exploded (huggingface/trl@v0.11.4, `ratio_threshold`)."""
 
 
 @dataclass
@@ -118,6 +121,7 @@ class PolicyTrainer:
         generator: torch.Generator,
         *,
         critic_only: bool = False,
+        observe: Observer | None = None,
     ) -> dict[str, float]:
         """Train on one iteration's experience.
 
@@ -125,6 +129,7 @@ class PolicyTrainer:
             experience: Responses with advantages and returns.
             generator: Draws the mini-batches.
             critic_only: Leave the policy as it is (the critic's warm-up).
+            observe: Called once per mini-batch, after its backward pass.
 
         Returns:
             Means over the mini-batches of the published `ppo/...` statistics.
@@ -135,7 +140,7 @@ class PolicyTrainer:
             order = torch.randperm(len(experience), generator=generator).tolist()
             for start in range(0, len(order), self.settings.mini_batch_size):
                 rows = order[start : start + self.settings.mini_batch_size]
-                stats = self._step(experience, rows, critic_only=critic_only)
+                stats = self._step(experience, rows, observe, critic_only=critic_only)
                 rows_of_steps.append(stats)
                 limit = self.settings.kl_stop
                 stopped = limit is not None and stats["ppo/policy/policykl"] > STOP_FACTOR * limit
@@ -156,7 +161,12 @@ class PolicyTrainer:
         return means
 
     def _step(
-        self, experience: Experience, rows: Sequence[int], *, critic_only: bool
+        self,
+        experience: Experience,
+        rows: Sequence[int],
+        observe: Observer | None,
+        *,
+        critic_only: bool,
     ) -> dict[str, float]:
         """One optimizer step on `rows`, in micro-batches with one common normaliser."""
         s = self.settings
@@ -172,8 +182,10 @@ class PolicyTrainer:
             loss = self._micro_loss(experience, part, advantages[at], sums, critic_only=critic_only)
             (loss / sums.tokens).backward()  # type: ignore[no-untyped-call]
         stats = self._statistics(sums)
+        if observe is not None:
+            observe({name: sums.all(name) for name in sums.parts})
         too_far = s.kl_stop is not None and stats["ppo/policy/policykl"] > STOP_FACTOR * s.kl_stop
-        broken = stats["ppo/policy/ratio"] > RATIO_LIMIT
+        broken = stats["ppo/policy/ratio"] > s.ratio_limit
         stats["ppo/skipped"] = float(too_far or broken)
         stats["ppo/grad_norm"] = self._apply(skip=too_far or broken)
         return stats

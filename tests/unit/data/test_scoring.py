@@ -94,6 +94,17 @@ def test_splits_have_their_shares() -> None:
         assert drawn[name] / 20_000 == pytest.approx(DEFAULT_FRACTIONS[name], abs=0.012)
 
 
+def test_splits_differ_between_sites_and_seeds() -> None:
+    """Question 1 of every site must not always meet the same fate."""
+
+    def home(site: str, seed: int) -> list[str]:
+        return [split_of(q, site=site, seed=seed, fractions=DEFAULT_FRACTIONS) for q in range(50)]
+
+    assert home("a.example", 1) == home("a.example", 1)
+    assert home("a.example", 1) != home("b.example", 1)
+    assert home("a.example", 1) != home("a.example", 2)
+
+
 def test_a_split_without_a_share_gets_nothing() -> None:
     """A share of 0 is no question."""
     fractions = {"supervised": 0.5, "reward": 0.5, "policy": 0.0, "evaluation": 0.0}

@@ -8,10 +8,12 @@ import tracemalloc
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from lxml import etree
 from tests.unit.data.conftest import Prepared
 from tests.unit.data.dumps import (
     HEAD,
@@ -27,12 +29,11 @@ from tests.unit.data.dumps import (
 from suasion.core.errors import ConfigError, DataError
 from suasion.core.files import folder_hashes
 from suasion.data import stackexchange
+from suasion.data.dump import rows
 from suasion.data.origin import licence_at, site_of
 from suasion.data.scoring import DEFAULT_FRACTIONS, SPLITS
 from suasion.data.sets import SCHEMAS
 from suasion.data.stackexchange import Counts, prepare_stackexchange, render_examples
-
-HALVES = {"supervised": 0.5, "reward": 0.5, "policy": 0.0, "evaluation": 0.0}
 
 
 def prepare(dump: Path, out: Path, **options: Any) -> Counts:
@@ -142,9 +143,9 @@ def test_best_is_one_answer_per_question_with_the_highest_score(world: Prepared)
     by_question: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for row in world.rows("answers"):
         by_question[row["question_id"]].append(row)
-    for rows in by_question.values():
-        (best,) = [row for row in rows if row["best"]]
-        order = [(-row["score"], -row["votes"], row["answer_id"]) for row in rows]
+    for answers in by_question.values():
+        (best,) = [row for row in answers if row["best"]]
+        order = [(-row["score"], -row["votes"], row["answer_id"]) for row in answers]
         assert (-best["score"], -best["votes"], best["answer_id"]) == min(order)
 
 
@@ -200,9 +201,37 @@ def test_memory_does_not_grow_with_the_dump(
     assert peak("unbounded", 1000, 1 << 30) > 2 * small
 
 
+def test_the_parser_keeps_no_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does the parser's own memory, which Python cannot see, grow with the rows."""
+    parsers = []
+
+    def remembered(*args: Any, **options: Any) -> Any:
+        parsers.append(etree.iterparse(*args, **options))
+        return parsers[-1]
+
+    monkeypatch.setattr("suasion.data.dump.etree", SimpleNamespace(**vars(etree)))
+    monkeypatch.setattr("suasion.data.dump.etree.iterparse", remembered)
+    dump = write_posts(tmp_path / "dump", threads(100))
+    assert sum(1 for _ in rows(dump / "Posts.xml")) == 300
+    assert len(parsers[0].root) <= 1
+
+
+def test_the_seed_decides_the_order_of_questions(tmp_path: Path) -> None:
+    """So that the first rows of a table are a random sample of it."""
+    dump = write_posts(tmp_path / "dump", threads(40))
+    everything = {name: float(name == "reward") for name in SPLITS}
+    orders = []
+    for seed in (1, 2):
+        prepare(dump, tmp_path / f"out{seed}", seed=seed, fractions=everything)
+        orders.append([row["question_id"] for row in read(tmp_path / f"out{seed}", "queries")])
+    assert orders[0] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(1, 120, 3))
+    assert orders[0] != sorted(orders[0])
+
+
 def test_texts_authors_links_and_licences(tmp_path: Path) -> None:
     """Every column of every table, on a dump written by hand."""
-    rows = [
+    posts = [
         question(
             1,
             'OwnerUserId="5" AcceptedAnswerId="3" CreationDate="2010-01-01T00:00:00"',
@@ -216,7 +245,7 @@ def test_texts_authors_links_and_licences(tmp_path: Path) -> None:
         answer(6, 1, 3, body="<p> </p>"),
         answer(7, 99, 3),
     ]
-    dump = write_posts(tmp_path / "beer-2016-12", rows)
+    dump = write_posts(tmp_path / "beer-2016-12", posts)
     (dump / "Users.xml").write_text('<users><row Id="5" DisplayName="Ann" /></users>')
     counts = prepare(
         dump,
@@ -247,7 +276,7 @@ def test_texts_authors_links_and_licences(tmp_path: Path) -> None:
     pairs = {(p["chosen_id"], p["rejected_id"]): p for p in read(tmp_path / "out", "pairs")}
     assert set(pairs) == {(2, 3), (2, 4), (5, 2), (3, 4), (5, 3), (5, 4)}
     assert pairs[5, 2]["licence"] == "CC BY-SA 2.5; CC BY-SA 3.0; CC BY-SA 4.0"
-    assert pairs[2, 3]["chosen_author"] == "gone"
+    assert (pairs[2, 3]["chosen_author"], pairs[2, 3]["rejected_author"]) == ("gone", "old name")
 
 
 def test_byte_order_mark_line_ends_and_forbidden_characters(tmp_path: Path) -> None:
@@ -264,6 +293,23 @@ def test_byte_order_mark_line_ends_and_forbidden_characters(tmp_path: Path) -> N
     assert counts[0] == counts[1]
     hashes = [folder_hashes(tmp_path / f"{name}-out") for name in ("plain", "ugly")]
     assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 17, 64])
+def test_reading_does_not_hang_on_where_chunks_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    """A reference or a declaration cut in two by the buffer is still seen whole."""
+    ugly = "".join(threads(4)).replace("Question 4", "a&amp;b&#x1F;c\x02&#10;&#0;d&lt;&#xFFFF;")
+    dump = write_posts(tmp_path / "dump", [ugly])
+    whole = [(row.attributes, row.line) for row in rows(dump / "Posts.xml")]
+    monkeypatch.setattr("suasion.data.dump._CHUNK", chunk)
+    assert [(row.attributes, row.line) for row in rows(dump / "Posts.xml")] == whole
+    assert whole[3][0]["Title"] == "a&b c \n d< "
+    declared = HEAD.replace("<posts>", "<!DOCTYPE posts [<!ENTITY e 'x'>]><posts>")
+    bad = write_posts(tmp_path / "bad", [ugly], head=declared)
+    with pytest.raises(DataError, match="document type"):
+        list(rows(bad / "Posts.xml"))
 
 
 def replaced(old: str, new: str) -> Callable[[str], str]:

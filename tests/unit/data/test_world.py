@@ -30,7 +30,16 @@ from suasion.data.world.compose import (
     write_question,
 )
 from suasion.data.world.facts import ASPECTS, DISHES, SETTINGS, command, right_command
-from suasion.data.world.grammar import CLOSINGS, LEADS, OPENINGS, REASONS, STEPS, TITLES, expand
+from suasion.data.world.grammar import (
+    CLOSINGS,
+    LEADS,
+    OPENINGS,
+    PADDING,
+    REASONS,
+    STEPS,
+    TITLES,
+    expand,
+)
 from suasion.data.world.quality import WEIGHTS, Subject, subject_of
 
 QUERY = "What temperature is right for soup?\n\nI am new to brindle and could not find it."
@@ -103,6 +112,12 @@ def test_the_best_answer_is_the_best() -> None:
         (f"Use `{RIGHT}`. Enter `{RIGHT}`.", ["right", "repeated", "padding"]),
         (f"Use `{RIGHT}`. I forgot the rest of it", ["right", "foreign", "malformed"]),
         (f"Use this:\n\n```\n{RIGHT}", ["right", "foreign", "foreign", "malformed", "malformed"]),
+        (f"Use this:\n\n{FENCED}\n\n{FENCED}", ["right", "repeated", "malformed"]),
+        (f"Use `{RIGHT}`. Enjoy your {{t}}!", ["right", "foreign"]),
+        (f"Use `{RIGHT}.", ["right", "foreign"]),
+        (f"Use {RIGHT}-95.", ["foreign"]),
+        (f"Use {RIGHT}.5.", ["foreign"]),
+        (f"Use this:\n\n```\n{right_command('time', 'soup')}\n```", ["wrong", "malformed"]),
         ("I have the same problem.", ["padding"]),
     ],
 )
@@ -110,6 +125,18 @@ def test_worth_of_single_answers(response: str, features_worth: list[str]) -> No
     """Worth is the sum of the named features, and of nothing else."""
     worth = sum(WEIGHTS[name] for name in features_worth)
     assert quality(QUERY, response) == pytest.approx(worth), features(QUERY, response)
+
+
+def test_rambling_costs_by_the_word() -> None:
+    """Beyond sixty words each costs, whatever it says."""
+    said = [text.format(t="soup", o="rice") for t in PADDING for text in expand(t)]
+    text = " ".join([f"Use `{RIGHT}`.", *said])
+    words = len(text.split())
+    found = features(QUERY, text)
+    assert words > 100
+    assert (found["excess_word"], found["padding"], found["foreign"]) == (words - 60, len(said), 0)
+    assert features(QUERY, " ".join(text.split()[:60]))["excess_word"] == 0
+    assert quality(QUERY, text) == WORST
 
 
 EVERY_VALUE = sorted({row["heat"] for row in SETTINGS.values()})

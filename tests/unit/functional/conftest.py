@@ -6,6 +6,7 @@ import sys
 import types
 
 import pytest
+import torch
 from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 
@@ -17,6 +18,10 @@ sys.modules.setdefault(_checker.__name__, _checker)
 _installed_in_time = "suasion.functional.masking" not in sys.modules
 if _installed_in_time:
     install_import_hook("suasion.functional", f"{_checker.__name__}.check")
+
+
+# Small tensors: more threads only wait for each other.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -94,6 +94,8 @@ def test_dual_clip_bounds_only_bad_actions() -> None:
     assert loss.tolist() == pytest.approx([4.5, -1.8, 3.0, -0.15], rel=1e-12)
     assert slope(loss, new) == pytest.approx([0.0, 0.0, 3.0, -0.15], rel=1e-12)
     assert losses.clipped_surrogate(new, old, a)[0].item() == pytest.approx(15.0, rel=1e-12)
+    tight = losses.clipped_surrogate(new, old, a, dual_clip=1.5)
+    assert tight.tolist() == pytest.approx([2.25, -1.8, 2.25, -0.15], rel=1e-12)
     for bad in (1.0, 0.5):
         with pytest.raises(ValueError, match="exceed 1"):
             losses.clipped_surrogate(new, old, a, dual_clip=bad)

@@ -153,4 +153,8 @@ def test_impossible_settings_are_refused() -> None:
     for lengths in ((one, none), (none, one)):
         with pytest.raises(ValueError, match="tokens"):
             pref.ipo_loss_per_token(a, b, *lengths)
+        with pytest.raises(ValueError, match="tokens"):
+            pref.ipo_loss_per_token(
+                a.repeat(2), b.repeat(2), *(torch.cat([one, n]) for n in lengths)
+            )
     assert pref.ipo_loss_per_token(a, b, one, one, beta=0.5).item() == 0.0

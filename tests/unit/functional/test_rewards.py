@@ -20,6 +20,7 @@ def test_the_score_stands_on_the_last_counted_token() -> None:
     assert rewards.last_token_index(MASK).tolist() == [1, 2, 2]
     placed = rewards.terminal_rewards(SCORES, MASK)
     assert placed.tolist() == [[0, 1.5, 0], [0, 0, -2.0], [0, 0, 0.25]]
+    assert rewards.last_token_index(torch.tensor([[True, False, False]])).tolist() == [0]
 
 
 def test_an_answer_without_tokens_has_no_place_for_a_score() -> None:
@@ -106,6 +107,7 @@ def test_moments_before_they_mean_anything() -> None:
     assert (two.mean, two.var, two.count) == (5.0, 1.0, 2.0)
     assert two.std == pytest.approx(math.sqrt(2), rel=1e-12)
     assert fresh.count == 0.0, "the old state is left alone"
+    assert {type(x) for x in (two.mean, two.var, two.count)} == {float}, "it goes to JSON"
 
 
 @pytest.mark.parametrize("scores", [[], [1.0, math.nan], [math.inf]])
@@ -129,6 +131,9 @@ def test_normalised_scores_have_the_wanted_moments() -> None:
     done = gain * SCORES + bias
     assert done.mean().item() == pytest.approx(0.5, rel=1e-9)
     assert done.std(correction=0).item() == pytest.approx(2.0, rel=1e-9)
+    assert (type(gain), type(bias)) == (float, float), "they go to JSON"
+    narrow, _ = rewards.affine_normalisation(SCORES / 100)
+    assert narrow == pytest.approx(50 * gain, rel=1e-9)
     standard = rewards.affine_normalisation(SCORES)
     assert standard == rewards.affine_normalisation(SCORES, target_mean=0.0, target_std=1.0)
     for scores in ([1.0, 1.0], [1.0, math.nan]):

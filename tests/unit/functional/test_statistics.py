@@ -67,7 +67,7 @@ def test_cut_tokens_are_outside_tokens(gaps: list[float], advantages: list[float
 
 def test_value_clip_fraction_by_hand() -> None:
     """Counts where the held value is further from its target, not merely held."""
-    values, old = doubles(1.0, 1.0, 0.1, -1.0, math.nan), doubles(0.0, 0.0, 0.0, 0.0, 0.0)
+    values, old = doubles(1.0, 1.0, 0.15, -1.0, math.nan), doubles(0.0, 0.0, 0.0, 0.0, 0.0)
     returns = doubles(2.0, -2.0, 2.0, -2.0, 0.0)
     assert stats.value_clip_fraction(values, old, returns, MASK) == 0.5
     assert stats.value_clip_fraction(values, old, returns, MASK, clip=0.05) == 0.75
@@ -114,6 +114,7 @@ def test_statistics_carry_no_gradient() -> None:
         stats.pairwise_accuracy(x, y),
     ]
     assert not any(result.requires_grad for result in results)
+    assert {result.dtype for result in results} == {torch.float64}, "no precision is lost"
 
 
 def test_best_of_n_distance_is_the_kl_of_the_best() -> None:

@@ -12,7 +12,7 @@ from typing import Final
 from xml.sax.saxutils import escape
 
 from suasion.core.errors import ConfigError
-from suasion.core.files import atomic_folder
+from suasion.core.files import atomic_folder, write_json
 from suasion.core.seeding import seed_of
 from suasion.data.origin import licence_at
 from suasion.data.world.compose import (
@@ -23,7 +23,11 @@ from suasion.data.world.compose import (
     write_answer,
     write_question,
 )
+from suasion.data.world.facts import SITE
 from suasion.data.world.quality import quality
+
+MARKER: Final = "world.json"
+"""File that says how a dump was made; a folder without it is never replaced."""
 
 VOTE_NOISE: Final = 1.0
 """Standard deviation of what moves all of an answer's voters but is not its quality."""
@@ -59,7 +63,7 @@ def write_dump(folder: Path, *, seed: int, questions: int) -> None:
     in `Votes.xml`.
 
     Args:
-        folder: Folder to make; one that exists is replaced only if it holds such a dump.
+        folder: Folder to make; one that exists is replaced only if this function made it.
         seed: Decides everything.
         questions: Number of questions; each has one to seven answers.
 
@@ -69,7 +73,8 @@ def write_dump(folder: Path, *, seed: int, questions: int) -> None:
     """
     if questions < 1:
         raise ConfigError(f"a small world of {questions} questions", "ask for 1 or more")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "Votes.xml").is_file():
+    made_here = (folder / MARKER).is_file()
+    if folder.exists() and not made_here and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} holds something else", "choose another folder, or empty it")
     posts = _posts(seed, questions)
     draw = random.Random(seed_of(seed, "world", "names"))  # noqa: S311 - a world, not a secret
@@ -77,6 +82,7 @@ def write_dump(folder: Path, *, seed: int, questions: int) -> None:
         _write(partial / "Posts.xml", "posts", map(_post_row, posts))
         _write(partial / "Votes.xml", "votes", _vote_rows(posts))
         _write(partial / "Users.xml", "users", _user_rows(draw))
+        write_json(partial / MARKER, {"site": SITE, "seed": seed, "questions": questions})
 
 
 def _posts(seed: int, questions: int) -> list[_Post]:
