@@ -15,6 +15,19 @@ from suasion.core.errors import StorageError, SuasionError
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
+REFUSALS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+)
+"""What the operating system says when it will not write somewhere."""
+FULL_DISK = ("No space left", "File too large", "disk is full", "inline_container.cc")
+"""How libraries that write for themselves put it; the last is torch.save cut short."""
+
 HELP = """\
 suasion: from people's votes to a model they prefer, with every step checked
 
@@ -74,12 +87,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return INTERRUPTED
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+        if error.errno in REFUSALS:
             return _explain(_refused(str(error.filename or "the output"), error.strerror))
         raise
-    except Exception as error:  # noqa: BLE001 (only to recognise a full disk; else raised again)
-        if "No space left" in str(error) or "File too large" in str(error):
-            return _explain(_refused("the output", str(error)))
+    except Exception as error:
+        if any(words in str(error) for words in FULL_DISK):
+            return _explain(_refused("the output", f"the disk is full ({error})"))
         raise
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from suasion.config.schema import (
     EvaluateConfig,
@@ -20,7 +21,8 @@ from suasion.config.schema import (
     RewardConfig,
     SftConfig,
 )
-from suasion.core.manifest import begin, changed_keys, claim, complete, finished
+from suasion.core.errors import ConfigError, SuasionError
+from suasion.core.manifest import abandon, begin, changed_keys, claim, complete, finished
 
 Body = Callable[..., dict[str, Any]]
 
@@ -73,9 +75,9 @@ def sft(config: SftConfig, folder: Path, *, seed: int, console: Console) -> dict
 
 def reward(config: RewardConfig, folder: Path, *, seed: int, console: Console) -> dict[str, Any]:
     """Preferences, then the model's card on held-out pairs."""
+    from suasion.data.sources import Source
     from suasion.evaluate.reward_card import held_out_pairs, reward_card
     from suasion.evaluate.run import load_config
-    from suasion.data.sources import Source
     from suasion.models.load import context_of
     from suasion.rollout.rewards import load_reward
     from suasion.trainers.reward import reward as body
@@ -87,9 +89,9 @@ def reward(config: RewardConfig, folder: Path, *, seed: int, console: Console) -
     model = str(folder / "model")
     judge = load_reward(model, config.template)
     pairs = held_out_pairs(source, config.evaluation_pairs)
-    card = reward_card(
-        judge, pairs, level=0.95, max_length=config.max_length or context_of(load_config(model))
-    )
+    context = context_of(load_config(model))
+    limit = min(config.max_length or context, context)
+    card = reward_card(judge, pairs, level=0.95, max_length=limit)
     return {**result, **card.as_dict()}
 
 
@@ -126,7 +128,7 @@ BODIES: dict[str, tuple[Body, tuple[str, ...]]] = {
     "merge": (merge, ("model", "data")),
     "evaluate": (
         evaluate,
-        ("before", "after", "start", "perplexity_of", "reward", "data"),
+        ("before", "after", "start", "perplexity_of", "reward", "gold", "data"),
     ),
 }
 """Each stage's body, and which of its options name inputs."""
@@ -139,25 +141,51 @@ def run_stage(
 
     Returns:
         Its manifest.
+
+    Raises:
+        SuasionError: whatever stopped it; a folder it had written nothing to is not left behind.
     """
-    body, inputs = BODIES[stage]
+
+    def say(what: str) -> None:
+        console.print(f"[bold]{stage}[/]  {escape(what)}", highlight=False)
+
+    body, input_names = BODIES[stage]
     values = asdict(config)
-    manifest = begin(stage, values, {name: values[name] for name in inputs}, seed)
+    inputs = {name: values[name] for name in input_names}
+    _keep_apart(stage, inputs, folder)
+    manifest = begin(stage, values, inputs, seed)
     stored = finished(folder, manifest)
     if stored is not None:
-        console.print(f"[bold]{stage}[/]  already done, unchanged: {folder}", highlight=False)
+        say(f"already done, unchanged: {folder}")
         return stored
     changes = changed_keys(folder, manifest)
     if changes:
-        console.print(f"[bold]{stage}[/]  running again: {'; '.join(changes)}", highlight=False)
-    continued = claim(folder, manifest)
-    console.print(f"[bold]{stage}[/]  {'continuing' if continued else 'running'}", highlight=False)
+        say(f"running again: {'; '.join(changes)}")
+    say("continuing" if claim(folder, manifest) else "running")
     began = time.perf_counter()
-    result = body(config, folder, seed=seed, console=console)
+    try:
+        result = body(config, folder, seed=seed, console=console)
+    except SuasionError:
+        abandon(folder)
+        raise
     seconds = time.perf_counter() - began
     stored = complete(folder, manifest, result, seconds)
-    console.print(f"  done in {seconds:.1f} s: {_brief(stored)}", highlight=False)
+    console.print(f"  done in {seconds:.1f} s: {_brief(stored)}", highlight=False, markup=False)
     return stored
+
+
+def _keep_apart(stage: str, inputs: Mapping[str, str | None], folder: Path) -> None:
+    """Refuse to write over an input, or into one: its contents decide whether a stage is done."""
+    target = folder.resolve()
+    for name, source in inputs.items():
+        if not source or not Path(source).exists():
+            continue
+        path = Path(source).resolve()
+        if path.is_relative_to(target) or target.is_relative_to(path):
+            raise ConfigError(
+                f"{stage}.{name} is {source}, which shares files with the output folder {folder}",
+                "choose another --out folder",
+            )
 
 
 def _brief(stored: dict[str, Any]) -> str:

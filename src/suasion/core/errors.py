@@ -6,7 +6,8 @@
     ├── ModelError       a model folder cannot be used                exit code 4
     ├── RewardError      a reward function returned something unusable exit code 5
     ├── TrainingError    training went somewhere no one wants         exit code 6
-    └── StorageError     the disk refused (full, read-only)           exit code 7
+    ├── StorageError     the disk refused (full, read-only)           exit code 7
+    └── CheckError       a check before the run found a fault         exit code 8
 
 A message names what is wrong, where it is, and what to do about it; the command line prints it
 without a traceback and exits with the class's code.
@@ -65,3 +66,9 @@ class StorageError(SuasionError):
     """The disk refused a write."""
 
     exit_code = 7
+
+
+class CheckError(SuasionError):
+    """Checks before a run found faults that would ruin it."""
+
+    exit_code = 8

@@ -20,7 +20,14 @@ from typing import Any
 
 import suasion
 from suasion.core.errors import ConfigError, DataError
-from suasion.core.files import PARTIAL, file_hash, folder_hashes, read_json, write_json
+from suasion.core.files import (
+    PARTIAL,
+    file_hash,
+    folder_hashes,
+    read_json,
+    storage_errors,
+    write_json,
+)
 
 MANIFEST = "manifest.json"
 BEGUN = "begun.json"
@@ -56,23 +63,26 @@ def begin(
 
 
 def content_hash(source: str) -> str:
-    """Hash of what an input holds: a file, a folder, or the name itself if it is neither."""
+    """Hash of what an input holds: a file, a folder, or the name itself if it is neither.
+
+    `file.py:function` and `pipeline:FOLDER#LABEL` count with the contents of the file or folder.
+    """
     path = Path(source)
     if path.is_file():
         return file_hash(path)
     if path.is_dir():
         listed = json.dumps(folder_hashes(path, (*SCRATCH, MANIFEST, BEGUN)), sort_keys=True)
         return hashlib.sha256(listed.encode()).hexdigest()
+    for part in (source.rpartition(":")[0], source.removeprefix("pipeline:").partition("#")[0]):
+        if part not in ("", source) and Path(part).exists():
+            return f"{source} of {content_hash(part)}"
     return f"name:{source}"
 
 
 def finished(folder: Path, manifest: Manifest) -> dict[str, Any] | None:
     """The stored manifest, if this very stage is finished in `folder` and its files are intact."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        return None
-    stored: dict[str, Any] = read_json(path)
-    if stored.get("fingerprint") != manifest.fingerprint:
+    stored = _ours(folder / MANIFEST)
+    if stored is None or stored["fingerprint"] != manifest.fingerprint:
         return None
     for name, expected in stored["outputs"].items():
         output = folder / name
@@ -85,24 +95,45 @@ def claim(folder: Path, manifest: Manifest) -> bool:
     """Make `folder` ready for the stage; True if it was begun before and can be continued.
 
     Raises:
-        ConfigError: the folder holds files that no stage of ours wrote.
+        ConfigError: the folder holds files that this stage did not write.
+        StorageError: the folder cannot be made.
     """
-    begun = folder / BEGUN
-    if begun.is_file():
-        try:
-            same = read_json(begun).get("fingerprint") == manifest.fingerprint
-        except DataError:
-            same = False
-        if same:
-            return True
-    elif folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+    begun = _ours(folder / BEGUN)
+    if begun is not None and begun["fingerprint"] == manifest.fingerprint:
+        return True
+    held = begun or _ours(folder / MANIFEST)
+    if held is None and folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(
             f"{folder} holds files that suasion did not write", "choose an empty --out folder"
         )
+    if held is not None and held["stage"] != manifest.stage:
+        raise ConfigError(
+            f"{folder} holds the stage {held['stage']}, and {manifest.stage} would replace it",
+            "choose another --out folder",
+        )
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(begun, {"stage": manifest.stage, "fingerprint": manifest.fingerprint})
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / BEGUN, {"stage": manifest.stage, "fingerprint": manifest.fingerprint})
     return False
+
+
+def abandon(folder: Path) -> None:
+    """Remove the folder of a stage that stopped before it wrote anything."""
+    if [path.name for path in folder.iterdir()] == [BEGUN]:
+        shutil.rmtree(folder)
+
+
+def _ours(path: Path) -> dict[str, Any] | None:
+    """What a stage of ours wrote to `path`; None if it is not there or of someone else."""
+    if not path.is_file():
+        return None
+    try:
+        stored = read_json(path)
+    except DataError:
+        return None
+    is_ours = isinstance(stored, dict) and {"stage", "fingerprint"} <= stored.keys()
+    return stored if is_ours else None
 
 
 def complete(
@@ -136,10 +167,9 @@ def complete(
 
 def changed_keys(folder: Path, manifest: Manifest) -> list[str]:
     """What differs between a finished stage in `folder` and the one about to run, for people."""
-    path = folder / MANIFEST
-    if not path.is_file():
+    stored = _ours(folder / MANIFEST)
+    if stored is None:
         return []
-    stored = read_json(path)
     before, now = dict(_flat(stored.get("config", {}))), dict(_flat(manifest.config))
     changes = [
         f"{key}: {before.get(key)!r} -> {now.get(key)!r}"

@@ -12,6 +12,7 @@ from suasion.config.schema import EvaluateConfig
 from suasion.core.errors import ConfigError
 from suasion.core.files import keep_json_lines
 from suasion.core.progress import Meter
+from suasion.core.records import token_batch
 from suasion.core.seeding import seed_of
 from suasion.data.codec import Codec
 from suasion.data.sources import Source, documents, fitting, spread
@@ -23,7 +24,6 @@ from suasion.models.load import context_of, load_causal_lm, load_codec
 from suasion.models.roles import Policy
 from suasion.rollout.experience import token_budget
 from suasion.rollout.rewards import Checked, RewardModel, load_reward
-from suasion.core.records import token_batch
 
 
 def evaluate(

@@ -222,6 +222,7 @@ def fresh_causal_lm(
     if hidden_size % heads:
         raise ConfigError(f"hidden_size {hidden_size} is not a multiple of heads {heads}")
     special: dict[str, Any] = {
+        "initializer_range": float(__import__("os").environ.get("INITR", "0.02")),
         "vocab_size": len(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": tokenizer.eos_token_id,
@@ -296,8 +297,9 @@ def _load_adapter(kind: Any, folder: Path, **options: Any) -> Any:
 def _require_folder(source: str) -> None:
     """A name with a separator that is no folder is a mistyped path more often than a Hub name."""
     looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
+    looks_local = looks_local or ("/" in source and Path(source).parent.is_dir())
     if looks_local and not Path(source).is_dir():
-        raise ModelError(f"no such model folder: {source}")
+        raise ModelError(f"no such model folder: {source}", "check the path")
     if Path(source).is_dir() and not any(
         (Path(source) / name).is_file() for name in ("config.json", "adapter_config.json")
     ):

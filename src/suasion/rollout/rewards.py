@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import math
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -110,6 +111,33 @@ class Pipeline:
         ]
 
 
+class UserFunction:
+    """A reward that someone else wrote: whatever it raises is theirs, and is told as such.
+
+    Args:
+        function: The reward.
+        name: How the user named it.
+    """
+
+    def __init__(self, function: Reward, name: str) -> None:
+        self._function = function
+        self._name = name
+
+    def __call__(self, queries: Sequence[str], responses: Sequence[str]) -> Sequence[float]:
+        """One number per response.
+
+        Raises:
+            RewardError: the function raised; names the line.
+        """
+        try:
+            return self._function(queries, responses)
+        except Exception as error:
+            raise RewardError(
+                f"reward {self._name} failed at {_place_of(error)}",
+                "it is called as function(queries, responses), two lists of texts",
+            ) from error
+
+
 class Checked:
     """A reward whose output is looked at before anyone trains on it.
 
@@ -169,7 +197,7 @@ def load_reward(source: str, template: str, dtype: torch.dtype = torch.float32) 
             raise ConfigError(f"{source}: name the label", "write pipeline:FOLDER#LABEL")
         return Checked(Pipeline(folder, label), source)
     if ":" in source and not Path(source).is_dir():
-        return Checked(load_function(source), source)
+        return Checked(UserFunction(load_function(source), source), source)
     codec = load_codec(source, template)
     return Checked(RewardModel(load_reward_model(source, dtype), codec), source)
 
@@ -178,7 +206,7 @@ def load_function(path: str) -> Any:
     """Import `package.module:name` or `file.py:name`.
 
     Raises:
-        ConfigError: there is no such module, file or name.
+        ConfigError: there is no such module, file or name, or importing it fails.
     """
     module_name, _, name = path.rpartition(":")
     try:
@@ -189,11 +217,24 @@ def load_function(path: str) -> Any:
                 sys.path.append(str(Path.cwd()))
             module = importlib.import_module(module_name)
     except (ImportError, OSError) as error:
-        raise ConfigError(f"cannot import {path}: {error}", "write package.module:name") from error
+        raise ConfigError(
+            f"cannot import {path}: {error}", "write package.module:name or file.py:name"
+        ) from error
+    except Exception as error:
+        raise ConfigError(f"cannot import {path}: it failed at {_place_of(error)}") from error
     found = getattr(module, name, None)
     if not callable(found):
         raise ConfigError(f"{module_name} has no function {name!r}")
     return found
+
+
+def _place_of(error: BaseException) -> str:
+    """Where an exception was raised and what it says, in one line."""
+    message = f"{type(error).__name__}: {error}"
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}, line {error.lineno}: {type(error).__name__}: {error.msg}"
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}, line {frames[-1].lineno}: {message}" if frames else message
 
 
 def _module_from_file(file: Path) -> Any:

@@ -6,6 +6,7 @@ import logging
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,20 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.integrations import TensorBoardCallback
 
 from suasion.config.schema import TrainingConfig
-from suasion.core.files import append_json_line, keep_json_lines, read_json_lines
+from suasion.core.files import (
+    append_json_line,
+    keep_json_lines,
+    read_json,
+    read_json_lines,
+    write_json,
+)
 from suasion.core.progress import Meter
 from suasion.core.seeding import seed_of
 from suasion.models.load import dtype_for
 
 COMPLETE = "complete"
-"""Written into a checkpoint last; one without it was cut off and is deleted."""
+"""Written into a checkpoint last; one without it was cut off and is deleted. It holds the sums of
+the losses so far, which the library forgets, so that a resumed run reports the same figures."""
 
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
@@ -77,30 +85,64 @@ def fit(
         data_collator=collate,
     )
     trainer.own_loss = loss
+    if newest:
+        trainer.losses = _Losses(**read_json(newest / COMPLETE))
     trainer.remove_callback(PrinterCallback)
     if "tensorboard" in config.track:
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(folder / "tracking"))  # type: ignore[no-untyped-call]
         trainer.add_callback(TensorBoardCallback(writer))
-    trainer.add_callback(_Journal(metrics, console, title))
-    trainer.add_callback(_Sealer())
+    trainer.add_callback(_Journal(metrics, trainer.losses, console, title))
+    trainer.add_callback(_Sealer(trainer.losses))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
-        outcome = trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-    return {"steps": float(outcome.global_step), "loss": float(outcome.training_loss)}
+        try:
+            outcome = trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+        finally:
+            _newest_whole(checkpoints)  # a checkpoint that a full disk cut off takes up the rest
+    steps = float(outcome.global_step)
+    return {"steps": steps, "loss": trainer.losses.total / steps}
+
+
+@dataclass
+class _Losses:
+    """Training losses, summed over steps."""
+
+    total: float = 0.0
+    """Of all steps."""
+    logged: float = 0.0
+    """Of the steps that metrics.jsonl tells of."""
+    logged_step: int = 0
+    """The last of these."""
+
+    def mean_since_logged(self, step: int) -> float:
+        """Mean of the steps not told of yet, which then are."""
+        mean = (self.total - self.logged) / (step - self.logged_step)
+        self.logged, self.logged_step = self.total, step
+        return mean
 
 
 class _Trainer(Trainer):
-    """A Trainer that may be given another loss."""
+    """A Trainer that may be given another loss, and keeps the sum of its losses."""
 
     own_loss: Loss | None = None
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.losses = _Losses()
+
+    def training_step(self, *arguments: Any, **named: Any) -> torch.Tensor:
+        """Forward and backward; the losses of a step's passes add up to the step's."""
+        loss = super().training_step(*arguments, **named)
+        self.losses.total += float(loss)
+        return loss
 
     def compute_loss(
         self,
         model: Any,
         inputs: dict[str, Any],
-        return_outputs: bool = False,  # noqa: FBT001, FBT002 (the library's signature)
+        return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
         """Mean loss of a batch."""
@@ -113,8 +155,9 @@ class _Trainer(Trainer):
 class _Journal(TrainerCallback):
     """Writes metrics.jsonl and moves the progress bar."""
 
-    def __init__(self, path: Path, console: Console, title: str) -> None:
+    def __init__(self, path: Path, losses: _Losses, console: Console, title: str) -> None:
         self._path = path
+        self._losses = losses
         self._console = console
         self._title = title
         self._meter: Meter | None = None
@@ -134,6 +177,7 @@ class _Journal(TrainerCallback):
     ) -> None:
         row = {k: float(v) for k, v in (logs or {}).items() if isinstance(v, int | float)}
         if "loss" in row:
+            row["loss"] = self._losses.mean_since_logged(state.global_step)
             self._note = f"loss {row['loss']:.3f}"
             append_json_line(self._path, {"step": state.global_step, **row})
 
@@ -145,9 +189,12 @@ class _Journal(TrainerCallback):
 class _Sealer(TrainerCallback):
     """Marks a checkpoint as whole once everything of it is written."""
 
+    def __init__(self, losses: _Losses) -> None:
+        self._losses = losses
+
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        (folder / COMPLETE).touch()
+        write_json(folder / COMPLETE, asdict(self._losses))
 
 
 def _newest_whole(checkpoints: Path) -> Path | None:

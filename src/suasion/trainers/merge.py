@@ -69,7 +69,7 @@ def merge(config: MergeConfig, folder: Path) -> dict[str, Any]:
         scratch / "model", model.merge_and_unload(safe_merge=True), codec.tokenizer, config.template
     )
     del model
-    found = {
+    found: dict[str, Any] = {
         "kind": "classifier" if scores else "causal_lm",
         "texts": len(texts),
         "tokens": sum(map(len, texts)),

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from suasion.config.schema import PpoConfig
+from suasion.config.schema import PpoConfig, ResponseConfig
 from suasion.core.errors import TrainingError
 from suasion.core.files import append_json_line, keep_json_lines, read_json_lines
 from suasion.core.progress import Meter
@@ -32,10 +32,12 @@ from suasion.rollout.rewards import Checked
 from suasion.rollout.sampler import Sampling, sample
 from suasion.trainers.checkpoint import load_newest, save_checkpoint
 from suasion.trainers.policy import PolicyTrainer
-from suasion.trainers.ppo_stats import experience_statistics
+from suasion.trainers.ppo_stats import experience_statistics, text_statistics
 from suasion.trainers.scoring import ScoreShaper
 
 Log = Callable[[dict[str, float], int], None]
+Observe = Callable[[Sequence[dict[str, float]]], list[str]]
+"""(statistics of every iteration so far) -> warnings about the last one."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class PpoLoop:
         seed: Root of every generator.
         console: For progress.
         log: Receives each iteration's statistics, for trackers.
+        observe: Looks at the statistics after each iteration; its warnings are shown and written.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class PpoLoop:
         seed: int,
         console: Console,
         log: Log,
+        observe: Observe = lambda _: [],
     ) -> None:
         self.parts = parts
         self.config = config
@@ -88,6 +92,8 @@ class PpoLoop:
         self.seed = seed
         self.console = console
         self.log = log
+        self.observe = observe
+        self.history: list[dict[str, float]] = []
         self.kl_coef = config.kl.coef
         self.shaper = ScoreShaper(config.score)
         self.estimate = partial(gae, gamma=config.gamma, lam=config.lam)
@@ -119,6 +125,12 @@ class PpoLoop:
                 done = step + 1
                 append_json_line(self.folder / "metrics.jsonl", {"step": done, **stats})
                 self.log(stats, done)
+                self.history.append({"step": done, **stats})
+                for message in self.observe(self.history):
+                    self.console.print(f"  step {done}: {message}", style="yellow", markup=False)
+                    append_json_line(
+                        self.folder / "warnings.jsonl", {"step": done, "message": message}
+                    )
                 if c.samples and (done % c.sample_every == 0 or done == c.steps):
                     self._record_samples(done)
                 if done % c.save_every == 0 or done == c.steps:
@@ -159,6 +171,7 @@ class PpoLoop:
         )
         clock.append(time.perf_counter())
         stats = experience_statistics(experience, raw, rollout.finished) | update
+        stats |= text_statistics(texts)
         stats["ppo/learning_rate"] = float(p.trainer.optimizer.param_groups[0]["lr"])
         broken = [k for k, v in stats.items() if not torch.isfinite(torch.tensor(v))]
         if broken:
@@ -187,28 +200,9 @@ class PpoLoop:
     def _roll_out(
         self, queries: Sequence[str], stream: tuple[str, int], shortest: int | None
     ) -> Rollout:
-        c, p = self.config.response, self.parts
-        limits = [c.max_tokens] * len(queries)
-        if shortest is not None:
-            lengths = torch.randint(
-                shortest,
-                c.max_tokens + 1,
-                (len(queries),),
-                generator=generator(self.seed, "lengths", *stream),
-            )
-            limits = lengths.tolist()
-        p.policy.model.eval()
-        with p.trainer.autocast():
-            return sample(
-                p.policy,
-                [p.codec.prompt_ids(query) for query in queries],
-                limits,
-                uniform_rows(self.seed, stream, limits),
-                stop_ids=p.codec.stop_ids,
-                pad_id=p.codec.pad_id,
-                sampling=Sampling(top_k=c.top_k, top_p=c.top_p),
-                value=p.critic.of if isinstance(p.critic, TrunkCritic) else None,
-            )
+        return roll_out(
+            self.parts, self.config.response, queries, self.seed, stream, shortest=shortest
+        )
 
     def _experience(self, rollout: Rollout, scores: torch.Tensor) -> Experience:
         p = self.parts
@@ -261,12 +255,56 @@ class PpoLoop:
             done = int(state["step"])
             self.kl_coef = float(state["kl_coef"])
             self.shaper.restore(state["moments"])
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl", "warnings.jsonl"):
             path = self.folder / name
             if path.is_file():
                 rows = [row for row in read_json_lines(path) if done and row["step"] <= done]
                 keep_json_lines(path, rows)
+                if name == "metrics.jsonl":
+                    self.history = rows
         return done
+
+
+def roll_out(
+    parts: PpoParts,
+    response: ResponseConfig,
+    queries: Sequence[str],
+    seed: int,
+    stream: tuple[str, int],
+    *,
+    shortest: int | None = None,
+) -> Rollout:
+    """Answer `queries` as the loop does.
+
+    Args:
+        parts: Of these the policy, and the critic where it is on its trunk.
+        response: How responses are sampled.
+        queries: Prompts.
+        seed: Root seed.
+        stream: Names the random numbers.
+        shortest: Set: each response's limit is drawn from [shortest, max_tokens].
+    """
+    limits = [response.max_tokens] * len(queries)
+    if shortest is not None:
+        lengths = torch.randint(
+            shortest,
+            response.max_tokens + 1,
+            (len(queries),),
+            generator=generator(seed, "lengths", *stream),
+        )
+        limits = lengths.tolist()
+    parts.policy.model.eval()
+    with parts.trainer.autocast():
+        return sample(
+            parts.policy,
+            [parts.codec.prompt_ids(query) for query in queries],
+            limits,
+            uniform_rows(seed, stream, limits),
+            stop_ids=parts.codec.stop_ids,
+            pad_id=parts.codec.pad_id,
+            sampling=Sampling(top_k=response.top_k, top_p=response.top_p),
+            value=parts.critic.of if isinstance(parts.critic, TrunkCritic) else None,
+        )
 
 
 def uniform_rows(

@@ -43,3 +43,29 @@ def experience_statistics(
         "tokens/responses_len_std": float(responses.std(unbiased=False)),
         "tokens/unfinished": 1.0 - sum(finished) / len(finished),
     }
+
+
+NGRAM = 4
+"""Words that must come again in the same order to count as repetition."""
+
+
+def text_statistics(texts: Sequence[str]) -> dict[str, float]:
+    """What reward hacking shows first in the responses' texts.
+
+    `text/repeated` is the share of four-word sequences that stood in the same response before, over
+    all responses together; `text/code_fences` the mean number of code fences, which a reward model
+    trained on programming answers can be pleased with alone (the StackLLaMA report saw both).
+
+    Args:
+        texts: The iteration's responses, as people read them.
+    """
+    repeated = total = 0
+    for text in texts:
+        words = text.split()
+        grams = list(zip(*(words[start:] for start in range(NGRAM)), strict=False))
+        total += len(grams)
+        repeated += len(grams) - len(set(grams))
+    return {
+        "text/repeated": repeated / max(total, 1),
+        "text/code_fences": sum(text.count("```") for text in texts) / len(texts),
+    }

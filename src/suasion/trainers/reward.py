@@ -101,10 +101,11 @@ def token_pairs(
         DataError: a pair is too long and `too_long` is "error", or none is left.
     """
     kept: list[TokenPair] = []
+    shortest = len(codec.prompt_ids(""))
     for number, row in enumerate(rows):
         chosen, rejected = codec.judged_ids(row["chosen"]), codec.judged_ids(row["rejected"])
         room = limit - max(len(chosen), len(rejected))
-        if room < 1 and too_long != "error":
+        if room < shortest and too_long != "error":
             continue
         query = codec.fit_query(row["query"], room, too_long, f"{where}, pair {number}")  # type: ignore[arg-type]
         if query is not None:

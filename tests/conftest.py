@@ -1,9 +1,14 @@
-"""Run-time shape checks for suasion.functional, when nothing imported it earlier."""
+"""What every test shares: shapes checked at run time, one thread, nothing downloaded."""
 
 from __future__ import annotations
 
+import os
 import sys
 import types
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
@@ -16,9 +21,7 @@ _checker.check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # type: igno
 sys.modules.setdefault(_checker.__name__, _checker)
 
 _installed_in_time = "suasion.functional.masking" not in sys.modules
-if _installed_in_time:
-    install_import_hook("suasion.functional", f"{_checker.__name__}.check")
-
+install_import_hook("suasion.functional", f"{_checker.__name__}.check")
 
 # Small tensors: more threads only wait for each other.
 torch.set_num_threads(1)

@@ -1,0 +1,145 @@
+"""What the checks look at: the built parts of a policy stage, and one fresh rollout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from suasion.config.schema import PpoConfig
+from suasion.core.files import read_json
+from suasion.core.records import Rollout, TokenBatch, token_batch
+from suasion.models.load import SIDECAR
+from suasion.rollout.sampler import Sampling
+from suasion.trainers.ppo import PpoParts, roll_out
+
+PROMPTS = 8
+"""Prompts the checks answer."""
+TOKENS = 96
+"""Longest response they sample; what a run allows beyond that is extrapolated."""
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+"""Largest difference of one token's log-probability that arithmetic alone makes, nats. Measured on
+random models (docs/checks.md); a fault is far above it."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Built objects, and what they just did."""
+
+    parts: PpoParts
+    """Policy, reference, critic, trainer, reward and codec, as the stage will use them."""
+    rollout: Rollout
+    """Fresh responses of the policy to `queries`."""
+    queries: list[str]
+    """The prompts of the rollout."""
+    sampling: Sampling
+    """How the run draws tokens."""
+    max_tokens: int
+    """Longest response of the run, which may be more than the rollout's."""
+    must_end: bool
+    """Whether a response that does not end by itself is scored otherwise."""
+    templates: Mapping[str, str | None]
+    """Template of each stage and model folder, by what it is called; None where none is stored."""
+    reward_source: str
+    """How the recipe names the reward."""
+    seed: int
+    """Root of the checks' random numbers."""
+    isolated: bool = False
+    """Whether packed documents are claimed not to see each other."""
+
+    @property
+    def batch(self) -> TokenBatch:
+        """The rollout's sequences, padded on the right, where the policy is."""
+        r = self.rollout
+        return token_batch(r.queries, r.responses, self.parts.codec.pad_id).to(
+            self.parts.policy.device
+        )
+
+    @property
+    def texts(self) -> list[str]:
+        """The rollout's responses as people read them."""
+        return [self.parts.codec.text_of(ids) for ids in self.rollout.responses]
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """What learns."""
+        return {"policy": self.parts.policy.model, "critic": self.parts.critic.module}
+
+    def tolerance(self) -> float:
+        """Largest difference that this run's arithmetic makes by itself, nats."""
+        one = torch.ones(1, 1, device=self.parts.policy.device)
+        with self.parts.trainer.autocast():
+            under_autocast = (one @ one).dtype
+        weights = self.parts.policy.head.weight.dtype
+        kinds = (under_autocast, weights)
+        return max(TOLERANCE.get(kind, TOLERANCE[torch.float32]) for kind in kinds)  # type: ignore[call-overload]
+
+    def logprobs(self, batch: TokenBatch) -> Tensor:
+        """The policy's log-probabilities of the batch's response tokens, [N], as in training."""
+        with torch.no_grad(), self.parts.trainer.autocast():
+            return self.parts.policy.logprobs(batch)[0].float()
+
+    def values(self, batch: TokenBatch) -> Tensor:
+        """The critic's values before these tokens, [N]."""
+        with torch.no_grad(), self.parts.trainer.autocast():
+            hidden = self.parts.policy.logprobs(batch)[2]
+            return self.parts.critic.values(batch, hidden).float()
+
+
+def subject_of(
+    parts: PpoParts,
+    config: PpoConfig,
+    *,
+    seed: int,
+    templates: Mapping[str, str | None] | None = None,
+    prompts: int = PROMPTS,
+) -> Subject:
+    """Let the policy answer a few prompts, by the run's own rollout.
+
+    Args:
+        parts: What the stage was built from.
+        config: The stage's numbers.
+        seed: Root seed.
+        templates: Templates of other stages, beside those of this one and its model folders.
+        prompts: How many prompts.
+    """
+    queries = parts.queries[:prompts]
+    short = replace(config.response, max_tokens=min(config.response.max_tokens, TOKENS))
+    known = {"ppo": config.template, "policy model": stored_template(str(config.model))}
+    if Path(str(config.reward)).is_dir():
+        known["reward model"] = stored_template(str(config.reward))
+    rollout = roll_out(parts, short, queries, seed, ("checks", 0))
+    return Subject(
+        parts,
+        rollout,
+        queries,
+        Sampling(top_k=config.response.top_k, top_p=config.response.top_p),
+        config.response.max_tokens,
+        config.score.no_eos != "keep",
+        {**(templates or {}), **known},
+        str(config.reward),
+        seed,
+    )
+
+
+def stored_template(source: str) -> str | None:
+    """The template a model folder was trained with; None where it does not say."""
+    path = Path(source) / SIDECAR
+    return read_json(path).get("template") if path.is_file() else None
+
+
+@contextmanager
+def modes_kept(*modules: nn.Module) -> Iterator[None]:
+    """Give every submodule its training or evaluation mode back at the end."""
+    before: list[tuple[Any, bool]] = [(m, m.training) for each in modules for m in each.modules()]
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training

@@ -1,0 +1,1 @@
+"""The whole pipeline through the command line."""
