@@ -19,7 +19,7 @@ help:
 demo: .venv/runtime.stamp
 	.venv/bin/suasion demo
 
-# One thread per process: small models are slower with more.
+# One thread: what tests compute is too small to share, and several processes run at once.
 test: .venv/dev.stamp
 	OMP_NUM_THREADS=1 $(RUN) pytest -q $(TESTS)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 PATIENCE = 120.0
 """Seconds after which something hangs."""
 
-TINY = """
+TINY = shlex.split("""
     --questions 250 --threads 1
     --pretrain.fresh.vocabulary 320 --pretrain.fresh.hidden_size 32 --pretrain.fresh.layers 2
     --pretrain.fresh.heads 2 --pretrain.block 64 --pretrain.batch_size 8 --pretrain.max_steps 12
@@ -28,7 +29,7 @@ TINY = """
     --ppo.response.max_tokens 16 --ppo.samples 2 --ppo.sample_every 2
     --evaluate.prompts 10 --evaluate.response.max_tokens 16
     --evaluate.evaluation_pairs 40 --evaluate.evaluation_rows 20
-""".split()
+""")
 """Overrides that make the demo run in seconds; it learns next to nothing."""
 
 MODELS = (
@@ -84,9 +85,7 @@ class Commands:
         self._count = 0
         self._codes: dict[int, int] = {}
 
-    def start(
-        self, *arguments: object, cwd: Path | None = None, largest_file: int = 0
-    ) -> Running:
+    def start(self, *arguments: object, cwd: Path | None = None, largest_file: int = 0) -> Running:
         """Start `suasion ARGUMENTS`.
 
         Args:

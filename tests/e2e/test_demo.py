@@ -69,9 +69,7 @@ def test_the_first_update_starts_where_the_rollout_was(demo: Path) -> None:
     assert first["ppo/policy/first_approxkl"] < 1e-8
 
 
-def test_a_second_call_skips_every_stage(
-    demo: Path, suasion: Commands, tmp_path: Path
-) -> None:
+def test_a_second_call_skips_every_stage(demo: Path, suasion: Commands, tmp_path: Path) -> None:
     """In a moved folder too: contents count, not paths."""
     copy = shutil.copytree(demo, tmp_path / "moved")
     before = (copy / "summary.json").read_bytes()

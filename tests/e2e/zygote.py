@@ -6,6 +6,7 @@ id, {"poll": ID} its exit code, or null while it runs.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import resource
@@ -14,16 +15,19 @@ import sys
 import traceback
 from typing import Any
 
-import suasion.cli.build
-import suasion.data.stackexchange
-import suasion.data.world
-import suasion.evaluate.generate
-import suasion.evaluate.report
-import suasion.evaluate.run
-import suasion.trainers.pretrain
-import suasion.trainers.reward
-import torch.utils.tensorboard  # noqa: F401 (slow to import)
 from suasion.cli.main import main
+
+SLOW = (
+    "torch.utils.tensorboard",
+    "suasion.cli.build",
+    "suasion.data.stackexchange",
+    "suasion.data.world",
+    "suasion.evaluate.generate",
+    "suasion.evaluate.report",
+    "suasion.evaluate.run",
+    "suasion.trainers.pretrain",
+    "suasion.trainers.reward",
+)
 
 
 def start(job: dict[str, Any]) -> int:
@@ -42,7 +46,7 @@ def start(job: dict[str, Any]) -> int:
         code = main(job["start"])
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else 0
-    except BaseException:
+    except BaseException:  # noqa: BLE001 (what Python itself would do with it)
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -57,6 +61,8 @@ def poll(process: int) -> int | None:
 
 
 if __name__ == "__main__":
+    for module in SLOW:
+        importlib.import_module(module)
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         request = json.loads(line)

@@ -9,13 +9,15 @@ import sys
 import tomllib
 import zipfile
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
+import yaml
 
 from suasion.cli.commands import COMMANDS, KINDS
 from suasion.cli.options import parse_stage
+from suasion.cli.run import plain
 from suasion.config.load import parse_overrides, validate
 from suasion.config.recipe import load_recipe
 from suasion.config.schema import DemoConfig, GenerateConfig, PrepareConfig
@@ -92,6 +94,8 @@ def test_documented_commands_exist(document: str, line: str) -> None:
     if program == "make":
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
         assert re.search(rf"^{name}:", makefile, re.MULTILINE), document
+    elif "--help" in arguments:
+        assert name in COMMANDS, document
     elif name in KINDS:
         parse_stage(KINDS[name], name, arguments)
     elif name == "prepare":
@@ -100,7 +104,9 @@ def test_documented_commands_exist(document: str, line: str) -> None:
         validate(GenerateConfig, parse_overrides(arguments), line)
     elif name == "demo":
         given = parse_overrides(arguments)
-        own = {key: given[key] for key in ("out", "seed", "questions") if key in given}
+        own: dict[str, object] = {
+            key: given[key] for key in ("out", "seed", "questions") if key in given
+        }
         validate(DemoConfig, own, line)
         rest = [word for pair in _pairs(arguments) for word in pair if pair[0] != "--questions"]
         load_recipe(DEMO, ["--prepare.dump", "somewhere", *rest])
@@ -123,6 +129,29 @@ def test_recipes_resolve(path: Path) -> None:
     call = re.search(r"^# +suasion run \S+ (.*)$", path.read_text("utf-8"), re.MULTILINE)
     given = shlex.split(call[1]) if call else ["--prepare.dump", "somewhere"]
     load_recipe(path, given)
+
+
+def test_resolved_recipe_resolves_to_itself(tmp_path: Path) -> None:
+    """What a run writes down as its recipe is a recipe, with nothing left open."""
+    recipe = load_recipe(DEMO, ["--prepare.dump", "somewhere"])
+    written = tmp_path / "recipe.yaml"
+    written.write_text(yaml.safe_dump(plain(asdict(recipe))), encoding="utf-8")
+    assert load_recipe(written) == recipe
+
+
+def documented_recipes() -> Iterator[tuple[str, str]]:
+    """Each recipe printed in a document."""
+    for document in DOCUMENTS:
+        for block in re.findall(r"(?ms)^```yaml\n(.*?)^```", document.read_text("utf-8")):
+            yield str(document.relative_to(ROOT)), block
+
+
+@pytest.mark.parametrize(("document", "block"), sorted(documented_recipes()))
+def test_documented_recipes_resolve(document: str, block: str, tmp_path: Path) -> None:
+    """And so is every recipe that a document prints."""
+    path = tmp_path / Path(document).name
+    path.write_text(block, encoding="utf-8")
+    load_recipe(path)
 
 
 def test_summary_is_documented() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from suasion.classic.errors import ArgumentError
 from suasion.core.files import read_json

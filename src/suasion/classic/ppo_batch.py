@@ -14,7 +14,7 @@ from suasion.core.errors import RewardError
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One batch of B responses. Lengths are those of the tensors given, whatever tokens they hold."""
+    """One batch of B responses; lengths are those of the tensors given, whatever they hold."""
 
     queries: list[list[int]]
     """Prompt tokens."""

@@ -155,7 +155,7 @@ def full_penalty(
     """
 
     @torch.no_grad()
-    def penalty(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    def penalty(logprobs: Tensor, _ref_logprobs: Tensor) -> Tensor:
         found: list[Tensor] = [torch.empty(0)] * len(rollout)
         lengths = [len(q) + len(r) for q, r in zip(rollout.queries, rollout.responses, strict=True)]
         for rows in token_budget(lengths, batch_tokens):

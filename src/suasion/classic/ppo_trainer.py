@@ -148,7 +148,7 @@ class PPOTrainer:
                 "lower PPOConfig.batch_size or give more queries",
             )
         loader: DataLoader[Any] = DataLoader(
-            dataset,  # type: ignore[arg-type]
+            dataset,
             batch_size=self.config.batch_size,
             collate_fn=data_collator,
             shuffle=True,

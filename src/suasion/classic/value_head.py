@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from suasion.classic.arguments import with_adapter
 from suasion.classic.errors import ArgumentError
 from suasion.classic.head_files import HEAD_FILE, read_head
 from suasion.core.files import atomic_path
@@ -82,11 +83,11 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
                 f"{type(pretrained_model).__name__} is no causal language model: it has no output "
                 "embeddings"
             )
-        self.pretrained_model = pretrained_model
+        self.pretrained_model: Any = pretrained_model
         # Of the output layer, not of the configuration: OPT projects its hidden states before it.
-        self.v_head = ValueHead(int(head.weight.shape[1]), **head_options)  # type: ignore[arg-type,index]
+        self.v_head = ValueHead(int(head.weight.shape[1]), **head_options)
         if getattr(pretrained_model, "hf_device_map", None):
-            self.v_head.to(head.weight.device)  # type: ignore[arg-type]
+            self.v_head.to(head.weight.device)
 
     @classmethod
     def from_pretrained(
@@ -126,9 +127,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
             model = _load(str(source), model_args, kwargs, is_trainable=is_trainable)
         else:
             model = source
-        if peft_config is not None:
-            model = _with_adapter(model, peft_config)
-        whole = cls(model, **head_options)
+        whole = cls(with_adapter(model, peft_config), **head_options)
         saved = read_head(str(source)) if isinstance(source, str | Path) else None
         if saved is not None:
             whole.v_head.load_state_dict(saved)
@@ -189,11 +188,16 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Recompute activations in the backward pass."""
-        self.pretrained_model.gradient_checkpointing_enable(*args, **kwargs)
+        self._checkpointing("enable")(*args, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep activations."""
-        self.pretrained_model.gradient_checkpointing_disable()
+        self._checkpointing("disable")()
+
+    def _checkpointing(self, verb: str) -> Any:
+        """The method under its newer name, where this transformers has it."""
+        newer = getattr(self.pretrained_model, f"activation_checkpointing_{verb}", None)
+        return newer or getattr(self.pretrained_model, f"gradient_checkpointing_{verb}")
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The language model's weights under their own names and the head's under `v_head.`."""
@@ -226,7 +230,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         from safetensors.torch import save_file
 
         kwargs.pop("state_dict", None)  # may hold the head's weights, which have their own file
-        self.pretrained_model.save_pretrained(save_directory, **kwargs)
+        self.pretrained_model.save_pretrained(str(save_directory), **kwargs)
         tensors = {f"v_head.{k}": v.contiguous().cpu() for k, v in self.v_head.state_dict().items()}
         with atomic_path(Path(save_directory) / HEAD_FILE) as partial:
             save_file(tensors, partial, metadata={"format": "pt"})
@@ -269,7 +273,7 @@ def create_reference_model(
     memo: dict[int, Any] = {}
     if num_shared_layers is not None:
         for parameter in _first_parameters(model, num_shared_layers, pattern):
-            parameter.requires_grad_(requires_grad=False)
+            parameter.requires_grad = False
             memo[id(parameter)] = parameter
     reference = copy.deepcopy(model, memo)
     reference.requires_grad_(requires_grad=False)
@@ -310,14 +314,3 @@ def _load(source: str, args: Any, kwargs: dict[str, Any], *, is_trainable: bool)
         raise ArgumentError(f"{source}/adapter_config.json does not name its base model")
     model = AutoModelForCausalLM.from_pretrained(base, *args, **kwargs)
     return PeftModel.from_pretrained(model, source, is_trainable=is_trainable)
-
-
-def _with_adapter(model: Any, peft_config: PeftConfig) -> Any:
-    if isinstance(model, PeftModel):
-        raise ArgumentError(
-            "the model has an adapter already and peft_config asks for another",
-            "merge the first one (suasion merge), or leave peft_config out to go on training it",
-        )
-    if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
-        model = prepare_model_for_kbit_training(model)
-    return get_peft_model(model, peft_config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from suasion.config.schema import PpoConfig
+from suasion.config.recipe import STAGES
+from suasion.config.schema import PpoConfig, Recipe
 from suasion.core.errors import ConfigError, ModelError
 from suasion.core.seeding import seed_of
 from suasion.data.codec import Codec
@@ -43,10 +44,71 @@ from suasion.trainers.fit import device_for_training
 from suasion.trainers.policy import PolicyTrainer, UpdateSettings
 from suasion.trainers.ppo import PpoLoop, PpoParts
 from suasion.trainers.sft import save_trained
+from suasion.watch.finding import Finding
+from suasion.watch.signals import warnings_about
+from suasion.watch.subject import subject_of
+from suasion.watch.suite import QUICK, run_checks
 
 
 def ppo(config: PpoConfig, folder: Path, *, seed: int, console: Console) -> dict[str, Any]:
-    """Build the policy stage, run it, and save policy and critic."""
+    """Build the policy stage, check it, run it, and save policy and critic.
+
+    Raises:
+        CheckError: a check found a fault, and `checks` is "stop".
+    """
+    parts = ppo_parts(config, seed=seed)
+    if config.checks != "off":
+        subject = subject_of(parts, config, seed=seed)
+        run_checks(subject, QUICK, console=console, only_report=config.checks == "report")
+    with _Trackers(config.track, folder, parts.policy.device) as trackers:
+        loop = PpoLoop(
+            parts,
+            config,
+            folder=folder,
+            seed=seed,
+            console=console,
+            log=trackers.log,
+            observe=warnings_about,
+        )
+        result = loop.run()
+    save_trained(
+        folder,
+        parts.policy.model,
+        parts.codec.tokenizer,
+        config.template,
+        merge=config.lora.merge,
+    )
+    _save_critic(folder / "critic", parts.critic, parts.codec, config.template)
+    return {**result, "prompts": len(parts.queries), "critic": config.critic.kind}
+
+
+def check(recipe: Recipe, names: Sequence[str], console: Console) -> list[Finding]:
+    """Build a recipe's policy stage and check it, without running it.
+
+    Raises:
+        CheckError: faults were found, and `ppo.checks` is not "report".
+        ConfigError: the recipe has no policy stage, or a name is no check.
+        ModelError: a model the stage needs is not there.
+    """
+    config = recipe.ppo
+    if config is None:
+        raise ConfigError(f"{recipe.name}: the recipe has no ppo stage to check")
+    parts = ppo_parts(config, seed=recipe.seed)
+    stages = {name: getattr(recipe, name) for name in STAGES}
+    templates = {
+        name: stage.template for name, stage in stages.items() if hasattr(stage, "template")
+    }
+    subject = subject_of(parts, config, seed=recipe.seed, templates=templates)
+    return run_checks(subject, names, console=console, only_report=config.checks == "report")
+
+
+def ppo_parts(config: PpoConfig, *, seed: int) -> PpoParts:
+    """The objects of a policy stage.
+
+    Raises:
+        ConfigError: two settings do not go together.
+        ModelError: a model folder cannot be used.
+    """
     assert config.model is not None
     device = device_for_training()
     torch.manual_seed(seed_of(seed, "ppo") % 2**63)  # adapters draw their first weights from it
@@ -70,22 +132,8 @@ def ppo(config: PpoConfig, folder: Path, *, seed: int, console: Console) -> dict
         autocast=autocast_for(config.precision, device),
     )
     queries, fixed = _prompts(config, policy, codec)
-    parts = PpoParts(
-        policy,
-        reference,
-        critic,
-        trainer,
-        load_reward(str(config.reward), config.template),
-        codec,
-        queries,
-        fixed,
-    )
-    with _Trackers(config.track, folder, device) as trackers:
-        loop = PpoLoop(parts, config, folder=folder, seed=seed, console=console, log=trackers.log)
-        result = loop.run()
-    save_trained(folder, policy.model, codec.tokenizer, config.template, merge=config.lora.merge)
-    _save_critic(folder / "critic", critic, codec, config.template)
-    return {**result, "prompts": len(queries), "critic": config.critic.kind}
+    judge = load_reward(str(config.reward), config.template)
+    return PpoParts(policy, reference, critic, trainer, judge, codec, queries, fixed)
 
 
 def autocast_for(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:

@@ -95,6 +95,31 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
+def check(arguments: Sequence[str]) -> int:
+    """`check RECIPE.yaml [--only NAME,...] [--key.key value ...]`."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(
+            "usage: suasion check RECIPE.yaml [--only NAME,...] [--stage.key value ...]\n\n"
+            "Builds the recipe's policy stage from the models that are there, and looks for\n"
+            "faults that would ruin its run. Exit code 8 if it finds any, unless --ppo.checks is\n"
+            "report. --only takes names of checks, with commas between them.\n"
+            "What each check looks at: docs/checks.md"
+        )
+        return 0
+    path, *rest = arguments
+    only = parse_overrides(rest).get("only")
+    recipe = load_recipe(Path(path), _without(rest, "--only"))
+    quiet_libraries()
+    from suasion.cli.build import check as body
+    from suasion.cli.run import set_threads
+    from suasion.watch.suite import CHECKS, chosen
+
+    names = chosen(only.split(",")) if isinstance(only, str) else tuple(CHECKS)
+    set_threads(recipe.threads)
+    body(recipe, names, Console())
+    return 0
+
+
 def demo(arguments: Sequence[str]) -> int:
     """`demo [--out DIR] [--seed N] [--questions N] [--key.key value ...]`."""
     if any(word in ("-h", "--help") for word in arguments):
@@ -210,6 +235,7 @@ def unknown_command(name: str) -> SuasionError:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "demo": demo,
     "run": run,
+    "check": check,
     "prepare": prepare,
     **{name: partial(stage, name) for name in KINDS},
     "generate": generate,

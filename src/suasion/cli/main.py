@@ -33,6 +33,7 @@ suasion: from people's votes to a model they prefer, with every step checked
 
   suasion demo [--out DIR] [--seed N]     the whole pipeline on a small world with a known truth
   suasion run RECIPE.yaml [--key.key V]   the stages of a recipe, in order; finished ones are skipped
+  suasion check RECIPE.yaml [--only NAME]   faults that would ruin its policy stage, in a minute
 
 stages, each on its own:
   suasion prepare stackexchange DUMP_DIR --out DIR    votes -> questions, answers, pairs
@@ -48,7 +49,8 @@ stages, each on its own:
   suasion COMMAND --help                  every option with its default
   suasion --version
 
-exit codes: 0 done, 2 configuration, 3 data, 4 model, 5 reward, 6 training, 7 disk, 130 interrupted
+exit codes: 0 done, 2 configuration, 3 data, 4 model, 5 reward, 6 training, 7 disk, 8 check,
+            130 interrupted
 """
 
 

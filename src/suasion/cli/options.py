@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Generic, TypeVar
 
 from suasion.config.load import parse_overrides, validate
-from suasion.config.schema import Natural, Positive, Strict
+from suasion.config.schema import Natural, Positive
 from suasion.core.errors import ConfigError
 
 Config = TypeVar("Config")
@@ -37,10 +37,9 @@ def parse_stage(kind: type[Config], command: str, arguments: Sequence[str]) -> S
     if any(word in ("-h", "--help") for word in arguments):
         show_help(_with_out(kind), command)
         raise SystemExit(0)
-    values = parse_overrides(arguments)
-    call = {key: values.pop(key, None) for key in ("out", "seed", "threads")}
-    shell = validate(_Shell, {k: v for k, v in call.items() if v is not None}, "the options")
-    return StageCall(validate(kind, values, "the options"), shell.out, shell.seed, shell.threads)
+    whole: Any = validate(_with_out(kind), parse_overrides(arguments), "the options")
+    config = kind(**{entry.name: getattr(whole, entry.name) for entry in fields(kind)})  # type: ignore[arg-type]
+    return StageCall(config, whole.out, whole.seed, whole.threads)
 
 
 def need(command: str, **values: object) -> None:
@@ -61,21 +60,14 @@ def show_help(kind: type[Any], command: str) -> None:
     tyro.cli(kind, prog=f"suasion {command}", args=["--help"], use_underscores=True)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Shell(Strict):
-    out: str
-    seed: Natural = 1
-    threads: Positive | None = None
-
-
 def _with_out(kind: type[Any]) -> type[Any]:
-    """The class with --out, --seed and --threads in front, for the help text."""
+    """The class with --out, --seed and --threads in front."""
     return make_dataclass(
         kind.__name__,
         [
             ("out", str),
-            ("seed", int, field(default=1)),
-            ("threads", int | None, field(default=None)),
+            ("seed", Natural, field(default=1)),
+            ("threads", Positive | None, field(default=None)),
         ],
         bases=(kind,),
         frozen=True,

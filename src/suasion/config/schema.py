@@ -301,6 +301,8 @@ class PpoConfig(Strict):
     """Longest prompt; default: what the context leaves beside the longest response."""
     too_long: TooLong = "error"
     """A prompt over the limit: stop, leave it out, or cut its query."""
+    checks: Literal["stop", "report", "off"] = "stop"
+    """Checks before the first step: a fault stops the run, or is only told; or no checks."""
     samples: Natural = 8
     """Fixed prompts whose responses are recorded as training goes."""
     sample_every: Positive = 10

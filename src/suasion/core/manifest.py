@@ -120,7 +120,7 @@ def claim(folder: Path, manifest: Manifest) -> bool:
 
 def abandon(folder: Path) -> None:
     """Remove the folder of a stage that stopped before it wrote anything."""
-    if [path.name for path in folder.iterdir()] == [BEGUN]:
+    if all(path.is_dir() or path.name == BEGUN for path in folder.rglob("*")):
         shutil.rmtree(folder)
 
 

@@ -77,8 +77,10 @@ def load_codec(source: str, template: str) -> Codec:
     there what config.json has wrong.
 
     Raises:
+        ConfigError: the template does not name its two fields.
         ModelError: no tokenizer, no EOS, or the model was trained with another template.
     """
+    parsed = Template.parse(template)
     tokenizer = load_tokenizer(source)
     trained = _sidecar(source).get("template")
     if trained is not None and trained != template:
@@ -88,7 +90,7 @@ def load_codec(source: str, template: str) -> Codec:
         )
     stop_ids = _stop_ids(source, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
-    return Codec(tokenizer, Template.parse(template), stop_ids, int(pad_id))
+    return Codec(tokenizer, parsed, stop_ids, int(pad_id))
 
 
 def load_causal_lm(source: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -216,13 +218,17 @@ def fresh_causal_lm(
 ) -> PreTrainedModel:
     """A randomly initialised model of a small shape, without dropout.
 
+    The libraries' initial spread of 0.02 is meant for widths near 1000. It shrinks here with the
+    width as 0.7 / sqrt(hidden_size), which at width 128 learns to copy from the prompt several
+    times sooner.
+
     Raises:
         ConfigError: the width is not a multiple of the heads.
     """
     if hidden_size % heads:
         raise ConfigError(f"hidden_size {hidden_size} is not a multiple of heads {heads}")
     special: dict[str, Any] = {
-        "initializer_range": float(__import__("os").environ.get("INITR", "0.02")),
+        "initializer_range": 0.7 / hidden_size**0.5,
         "vocab_size": len(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": tokenizer.eos_token_id,

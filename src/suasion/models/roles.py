@@ -108,9 +108,12 @@ class Policy(HiddenStates):
         """Refuse a family whose logits are not the head of the hidden states (soft-capping)."""
         ids = torch.tensor([[1, 2, 3]], device=self.device) % self.head.weight.shape[0]  # type: ignore[operator]
         mask = torch.ones_like(ids, dtype=torch.bool)
+        training = self.model.training
+        self.model.eval()  # dropout would make any two passes differ
         with torch.no_grad():
             ours = self.head(self(ids, mask).last_hidden_state)
             theirs = self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
+        self.model.train(training)
         if not torch.allclose(ours, theirs, atol=1e-3, rtol=1e-3):
             raise ModelError(
                 f"{type(self.model).__name__} changes its logits after the output head",

@@ -60,9 +60,7 @@ def reward(subject: Subject) -> Finding:
         "other_order": "scores depend on the order of the batch",
         "alone": "scores depend on the other texts in the batch",
     }
-    problems = [
-        f"{said[kind]}, by {found:.2g}" for kind, found in off.items() if found > tolerance
-    ]
+    problems = [f"{said[kind]}, by {found:.2g}" for kind, found in off.items() if found > tolerance]
     if spread <= CONSTANT * max(1.0, size):
         problems.append(f"all {len(first)} texts, the empty one too, score {first[0]:.4g}")
     return Finding(
@@ -85,7 +83,7 @@ def head(subject: Subject) -> Finding:
     folder = Path(subject.reward_source)
     if not folder.is_dir():
         return does_not_apply("head", "the reward is not a model folder")
-    codec = load_codec(str(folder), subject.parts.codec.template.whole)
+    codec = load_codec(str(folder), subject.template)
     rows = [
         (codec.prompt_ids(query), codec.judged_ids(text))
         for query, text in zip(subject.queries, subject.texts, strict=True)
@@ -105,7 +103,7 @@ def head(subject: Subject) -> Finding:
         if sum(p.numel() * p.element_size() for p in model.parameters()) <= SAVED_BYTES:
             with tempfile.TemporaryDirectory() as scratch:
                 copy = Path(scratch) / "model"
-                save_model(copy, model, codec.tokenizer, subject.parts.codec.template.whole)
+                save_model(copy, model, codec.tokenizer, subject.template)
                 others["saved"] = RewardModel(load_reward_model(str(copy)), codec).score_tokens(
                     rows
                 )
@@ -202,8 +200,8 @@ def label(subject: Subject) -> Finding:
         ok=off <= tolerance,
         measured={"largest": off, "tolerance": tolerance},
         what=f"the score is not the logit of {name!r}: it is off by {off:.2g}",
-        likely_cause="the label is taken by its position, but pipelines sort labels by their score; "
-        "or the score is a probability",
+        likely_cause="the label is taken by its position, but pipelines sort labels by their "
+        "score; or the score is a probability",
         fix="look the label up by its name and take its logit",
     )
 

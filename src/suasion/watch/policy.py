@@ -11,7 +11,7 @@ from torch import Tensor
 
 from suasion.core.records import TokenBatch, token_batch
 from suasion.watch.finding import Finding, does_not_apply
-from suasion.watch.subject import Subject, modes_kept
+from suasion.watch.subject import EXACT, Gap, Subject, modes_kept
 
 SURPRISE = 5.0
 """Standard errors by which the mean log-probability of sampled tokens may miss minus the entropy;
@@ -32,15 +32,15 @@ def reference(subject: Subject) -> Finding:
     batch = subject.batch
     with torch.no_grad(), subject.parts.trainer.autocast():
         held_to = subject.parts.reference.logprobs(batch).float()
-    difference = subject.logprobs(batch) - held_to
-    largest = float(difference.abs().max())
-    per_response = float(difference.sum()) / len(subject.rollout)
+    own = subject.logprobs(batch)
+    gap = Gap.between(own, held_to)
+    per_response = float((own - held_to).sum()) / len(subject.rollout)
     return Finding(
         "reference",
-        ok=largest <= subject.tolerance(),
-        measured={"kl": per_response, "largest": largest, "tolerance": subject.tolerance()},
+        ok=gap.within(EXACT),
+        measured={"kl": per_response, **_shown(gap, EXACT)},
         what=f"before any step the KL to the reference is {per_response:.3g} nats per response, "
-        f"one token differs by {largest:.2g}: the penalty would pull towards another model",
+        f"one token differs by {gap.largest:.2g}: the penalty would pull towards another model",
         likely_cause="the reference is the raw base while the policy starts from an adapter (or "
         "model) that was fine-tuned, or one of the two has dropout on",
         fix="merge the supervised adapter into the base first, then start policy and reference "
@@ -60,26 +60,29 @@ def padding(subject: Subject) -> Finding:
         "left": [_left(_right(rows, pad_id)).to(device)],
         "pairs": [_right(group, pad_id).to(device) for group in pairs],
     }
-    found = {
-        name: (
-            torch.cat([subject.logprobs(batch) for batch in batches]),
-            torch.cat([subject.values(batch) for batch in batches]),
-        )
-        for name, batches in arrangements.items()
-    }
+    with subject.nudged():
+        found = {
+            name: (
+                torch.cat([subject.logprobs(batch) for batch in batches]),
+                torch.cat([subject.values(batch) for batch in batches]),
+            )
+            for name, batches in arrangements.items()
+        }
     logprobs, values = found.pop("alone")
-    off = {
-        f"{name}_{kind}": float((other - own).abs().max())
+    gaps = {
+        f"{kind}_{name}": Gap.between(own, other)
         for name, others in found.items()
         for kind, own, other in zip(("logprobs", "values"), (logprobs, values), others, strict=True)
     }
-    worst = max(off, key=lambda name: off[name])
+    tolerance = subject.tolerance()
+    off = [f"{n} by {gap.largest:.2g}" for n, gap in gaps.items() if not gap.within(tolerance)]
     return Finding(
         "padding",
-        ok=off[worst] <= subject.tolerance(),
-        measured={**off, "tolerance": subject.tolerance()},
-        what=f"padding or batching changes results: {worst.replace('_', ' padding: ')} are off by "
-        f"{off[worst]:.2g} from the same rows one by one",
+        ok=not off,
+        measured={name: gap.largest for name, gap in gaps.items()}
+        | {"rms": max(gap.rms for gap in gaps.values()), "tolerance": tolerance.largest},
+        what=f"padding or batching changes results against the same rows one by one: "
+        f"{', '.join(off)}",
         likely_cause="position ids that count padding (absolute positions need cumsum(mask) - 1), "
         "an attention mask that is not passed on, or the wrong padding side",
         fix="pass mask and position ids on in every forward pass of the model",
@@ -89,21 +92,22 @@ def padding(subject: Subject) -> Finding:
 def modes(subject: Subject) -> Finding:
     """Training and evaluation mode compute the same."""
     batch, found = subject.batch, {}
-    with modes_kept(*subject.modules.values()):
+    with subject.nudged(), modes_kept(*subject.modules.values()):
         for mode in (False, True):
             for module in subject.modules.values():
                 module.train(mode)
             found[mode] = (subject.logprobs(batch), subject.values(batch))
-    off = {
-        kind: float((found[True][at] - found[False][at]).abs().max())
-        for at, kind in enumerate(("logprobs", "values"))
-    }
+    logprobs, values = (Gap.between(*each) for each in zip(found[True], found[False], strict=True))
     return Finding(
         "modes",
-        ok=max(off.values()) <= subject.tolerance(),
-        measured={**off, "tolerance": subject.tolerance()},
+        ok=logprobs.within(EXACT) and values.within(EXACT),
+        measured={
+            "logprobs": logprobs.largest,
+            "values": values.largest,
+            "tolerance": EXACT.largest,
+        },
         what=f"training mode differs from evaluation mode: log-probabilities by "
-        f"{off['logprobs']:.2g}, values by {off['values']:.2g}",
+        f"{logprobs.largest:.2g}, values by {values.largest:.2g}",
         likely_cause="dropout is on, or 8-bit layers compute otherwise when training",
         fix="set every dropout probability to 0 for the policy and critic; with 8-bit layers take "
         "rollout and update in one mode",
@@ -113,17 +117,16 @@ def modes(subject: Subject) -> Finding:
 def sampler(subject: Subject) -> Finding:
     """The sampler reports what the trainer computes, and samples what it reports."""
     looked_at = [_Looked.at(subject, row) for row in range(len(subject.rollout))]
-    off = max(
-        float((look.logprobs - given.to(look.logprobs.device)).abs().max())
-        for look, given in zip(looked_at, subject.rollout.logprobs, strict=True)
-    )
+    computed = torch.cat([look.logprobs for look in looked_at])
+    gap = Gap.between(computed, torch.cat(list(subject.rollout.logprobs)))
+    tolerance = subject.tolerance()
     surplus = sum(float((look.logprobs + look.entropies).sum()) for look in looked_at)
     variance = sum(float(look.variances.sum()) for look in looked_at)
     errors = surplus / math.sqrt(variance) if variance > 0 else 0.0
     s = subject.sampling
     problems = []
-    if off > subject.tolerance():
-        problems.append(f"sampler and trainer disagree by {off:.2g} nats about one token")
+    if not gap.within(tolerance):
+        problems.append(f"sampler and trainer disagree by {gap.largest:.2g} nats about one token")
     if s.alters_distribution:
         how = f"top_k {s.top_k}, top_p {s.top_p:g}" + (", greedy" if s.greedy else "")
         problems.append(f"{how} sample from another distribution than the one that is scored")
@@ -135,7 +138,7 @@ def sampler(subject: Subject) -> Finding:
     return Finding(
         "sampler",
         ok=not problems,
-        measured={"largest": off, "standard_errors": errors, "tolerance": subject.tolerance()},
+        measured={**_shown(gap, tolerance), "standard_errors": errors},
         what="; ".join(problems) + ": the KL would be biased and can turn negative",
         likely_cause="top-k, top-p or minimum lengths in sampling, a temperature that is not in "
         "the log-probabilities, or a rollout engine with other weights",
@@ -147,14 +150,14 @@ def sampler(subject: Subject) -> Finding:
 def stop(subject: Subject) -> Finding:
     """Responses can end: the stop token exists, is not suppressed, and is reached."""
     ids = list(subject.parts.codec.stop_ids)
-    vocabulary = int(subject.parts.policy.head.weight.shape[0])  # type: ignore[arg-type,index]
+    vocabulary = subject.vocabulary
     inside = [i for i in ids if 0 <= i < vocabulary]
     looked_at = [_Looked.at(subject, row, inside) for row in range(len(subject.rollout))]
     highest = max(float(look.stops.max()) for look in looked_at)
     can_end = []
-    for look, ended in zip(looked_at, subject.rollout.finished, strict=True):
+    for look, did in zip(looked_at, subject.rollout.finished, strict=True):
         missed = float(torch.log1p(-look.stops.double().clamp(max=1 - 1e-12)).mean())
-        can_end.append(1.0 if ended else -math.expm1(missed * subject.max_tokens))
+        can_end.append(1.0 if did else -math.expm1(missed * subject.max_tokens))
     expected = sum(can_end) / len(can_end)
     ended = sum(subject.rollout.finished) / len(can_end)
     problems = [f"generation_config.json {how}" for how in _suppressed(subject, inside)]
@@ -228,6 +231,10 @@ def packing_leak(model: Any, documents: Sequence[Sequence[int]], **options: Any)
     return float((packed - torch.cat(alone)).abs().max())
 
 
+def _shown(gap: Gap, tolerance: Gap) -> dict[str, float]:
+    return {"largest": gap.largest, "rms": gap.rms, "tolerance": tolerance.largest}
+
+
 class _Looked:
     """The distributions behind one response. Fields are [R], one number per token."""
 
@@ -278,9 +285,11 @@ def _suppressed(subject: Subject, stop_ids: Sequence[int]) -> list[str]:
         for name in ("min_length", "min_new_tokens")
         if (value := getattr(settings, name, None))
     ]
-    for name in ("suppress_tokens", "begin_suppress_tokens"):
-        if set(getattr(settings, name, None) or ()) & set(stop_ids):
-            found.append(f"has the stop token in {name}")
+    found += [
+        f"has the stop token in {name}"
+        for name in ("suppress_tokens", "begin_suppress_tokens")
+        if set(getattr(settings, name, None) or ()) & set(stop_ids)
+    ]
     if any([stop_id] in (getattr(settings, "bad_words_ids", None) or []) for stop_id in stop_ids):
         found.append("has the stop token in bad_words_ids")
     return found

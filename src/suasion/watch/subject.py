@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from suasion.config.schema import PpoConfig
 from suasion.core.files import read_json
 from suasion.core.records import Rollout, TokenBatch, token_batch
+from suasion.core.seeding import generator
 from suasion.models.load import SIDECAR
 from suasion.rollout.sampler import Sampling
 from suasion.trainers.ppo import PpoParts, roll_out
@@ -23,9 +25,41 @@ PROMPTS = 8
 TOKENS = 96
 """Longest response they sample; what a run allows beyond that is extrapolated."""
 
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
-"""Largest difference of one token's log-probability that arithmetic alone makes, nats. Measured on
-random models (docs/checks.md); a fault is far above it."""
+NUDGE = 0.02
+"""Spread of what stands in for weights that start at zero."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far two computations of the same numbers are apart."""
+
+    largest: float
+    """Largest absolute difference."""
+    rms: float
+    """Root of the mean square difference."""
+
+    @classmethod
+    def between(cls, one: Tensor, other: Tensor) -> Gap:
+        """Of two tensors of one shape; infinite where either is not a number."""
+        off = (one.double() - other.double().to(one.device)).abs().nan_to_num(nan=math.inf)
+        return cls(float(off.max()), float(off.square().mean().sqrt()))
+
+    def within(self, tolerance: Gap) -> bool:
+        """Whether neither figure is above the tolerance's."""
+        return self.largest <= tolerance.largest and self.rms <= tolerance.rms
+
+
+EXACT = Gap(1e-3, 2e-4)
+"""Tolerance of float32 arithmetic, and of what runs the same kernels on the same numbers."""
+TOLERANCE = {
+    torch.float32: EXACT,
+    torch.float16: Gap(0.15, 0.015),
+    torch.bfloat16: Gap(1.0, 0.1),
+}
+"""Differences of log-probabilities that arithmetic alone may make, nats. About four times what
+random models show that are as sure of their tokens as trained ones (docs/checks.md); in reduced
+precision the mean square decides, since the largest of many rounding errors grows with their
+number."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +78,8 @@ class Subject:
     """Longest response of the run, which may be more than the rollout's."""
     must_end: bool
     """Whether a response that does not end by itself is scored otherwise."""
+    template: str
+    """The stage's own."""
     templates: Mapping[str, str | None]
     """Template of each stage and model folder, by what it is called; None where none is stored."""
     reward_source: str
@@ -71,14 +107,41 @@ class Subject:
         """What learns."""
         return {"policy": self.parts.policy.model, "critic": self.parts.critic.module}
 
-    def tolerance(self) -> float:
-        """Largest difference that this run's arithmetic makes by itself, nats."""
+    @contextmanager
+    def nudged(self) -> Iterator[None]:
+        """Give weights that learn and are all zero small random ones while the block runs.
+
+        Adapters and value heads start at zero, which hides the dropout in front of an adapter and
+        what padding does to a value; and what lies before them has no gradient, rightly so.
+        """
+        draw = generator(self.seed, "checks", "nudge")
+        groups = self.parts.trainer.optimizer.param_groups
+        zero = [each for group in groups for each in group["params"] if not each.detach().any()]
+        try:
+            for each in zero:
+                each.data.copy_(torch.randn(each.shape, generator=draw) * NUDGE)
+            yield
+        finally:
+            for each in zero:
+                each.data.zero_()
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens the policy can give a probability to."""
+        return len(self._head)
+
+    @property
+    def _head(self) -> Tensor:
+        """Weights of the output head, [V, D]."""
+        return self.parts.policy.model.get_output_embeddings().weight
+
+    def tolerance(self) -> Gap:
+        """What this run's arithmetic may do by itself, when batches or kernels differ."""
         one = torch.ones(1, 1, device=self.parts.policy.device)
         with self.parts.trainer.autocast():
             under_autocast = (one @ one).dtype
-        weights = self.parts.policy.head.weight.dtype
-        kinds = (under_autocast, weights)
-        return max(TOLERANCE.get(kind, TOLERANCE[torch.float32]) for kind in kinds)  # type: ignore[call-overload]
+        kinds = {under_autocast, self._head.dtype}
+        return max((TOLERANCE.get(kind, EXACT) for kind in kinds), key=lambda gap: gap.largest)
 
     def logprobs(self, batch: TokenBatch) -> Tensor:
         """The policy's log-probabilities of the batch's response tokens, [N], as in training."""
@@ -122,6 +185,7 @@ def subject_of(
         Sampling(top_k=config.response.top_k, top_p=config.response.top_p),
         config.response.max_tokens,
         config.score.no_eos != "keep",
+        config.template,
         {**(templates or {}), **known},
         str(config.reward),
         seed,

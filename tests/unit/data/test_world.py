@@ -50,8 +50,8 @@ HONEST = f"Use this:\n\n{FENCED}\n\nAny hotter and the soup burns."
 
 
 def test_every_setting_is_one_of_several() -> None:
-    """There are 96 facts, and no aspect can be guessed."""
-    assert len(SETTINGS) * len(ASPECTS) == 96
+    """There are 36 facts, and no aspect can be guessed."""
+    assert len(SETTINGS) * len(ASPECTS) == 36
     for aspect in ASPECTS:
         assert len({row[aspect] for row in SETTINGS.values()}) >= 4
 
@@ -86,7 +86,7 @@ def test_what_is_written_is_what_comes_back_from_html_and_is_in_the_language() -
 
 
 def test_the_best_answer_is_the_best() -> None:
-    """The best answer to each of the 96 questions reaches the bound."""
+    """The best answer to each of the 36 questions reaches the bound."""
     draw = random.Random(5)  # noqa: S311
     for aspect, dish in itertools.product(ASPECTS, DISHES):
         text = markdown(best_answer(Subject(aspect, dish), draw))

@@ -1,7 +1,7 @@
 """What is true in the small world: the settings of a kitchen robot that is driven from a shell.
 
-Brindle is invented. It cooks twelve dishes, and each has one right setting for each of eight
-things that can be set: 96 facts, each a command such as `brindle heat soup 90`.
+Brindle is invented. It cooks six dishes, and each has one right setting for each of six
+things that can be set: 36 facts, each a command such as `brindle heat soup 90`.
 """
 
 from __future__ import annotations
@@ -11,22 +11,16 @@ from typing import Final
 SITE: Final = "brindle.example"
 """Host name of the world's question-and-answer site; reserved by RFC 2606, so no one owns it."""
 
-ASPECTS: Final = ("heat", "time", "speed", "lid", "fit", "water", "rest", "wash")
+ASPECTS: Final = ("heat", "time", "speed", "lid", "water", "rest")
 
 _TABLE: Final = """
-             heat time speed lid    fit    water rest wash
-    soup       90   25     3 ajar   paddle     8    5 soak
-    bread     210   40     1 shut   hook       2   30 scrub
-    rice      100   18     2 shut   paddle     4   10 rinse
-    tea        95    4     1 shut   whisk      3    2 rinse
-    jam       105   50     4 open   paddle     1   45 steam
-    pasta      98   11     2 open   blade      9    1 rinse
-    porridge   80   12     5 ajar   whisk      5    3 soak
-    custard    75   15     6 open   whisk      2   20 steam
-    stew       88   90     1 vented blade      6   15 scrub
-    dough      30   60     4 vented hook       3   50 soak
-    sauce      70   20     5 ajar   blade      1    4 steam
-    cocoa      65    6     6 vented whisk      7    8 scrub
+             heat time speed lid    water rest
+    soup       90   25     3 ajar       8    5
+    bread     210   40     1 shut       2   30
+    rice      100   18     2 vented     4   10
+    tea        95    4     1 shut       3    2
+    jam       105   50     4 open       1   45
+    pasta      98   11     2 open       9    1
 """
 
 SETTINGS: Final[dict[str, dict[str, str]]] = {

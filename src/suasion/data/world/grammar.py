@@ -42,12 +42,6 @@ TITLES: Final[dict[str, tuple[str, ...]]] = {
         "Brindle (drips|spits) with {t}, is the lid wrong?",
         "(Right|Best) position of the lid for {t}",
     ),
-    "fit": (
-        "(What|Which) tool (is right|should I fit) for {t}?",
-        "How do I choose the tool for {t}?",
-        "Brindle (jams|rattles) with {t}, is it the wrong tool?",
-        "(Right|Best) tool for {t}",
-    ),
     "water": (
         "How much water (goes into|do I need for) {t}?",
         "(What|Which) amount of water (is right|should I use) for {t}?",
@@ -60,12 +54,6 @@ TITLES: Final[dict[str, tuple[str, ...]]] = {
         "My {t} falls apart, does it need a (longer|shorter) rest?",
         "(Right|Best) rest for {t} after cooking",
     ),
-    "wash": (
-        "How do I wash brindle after {t}?",
-        "(What|Which) wash programme (is right|should I use) after {t}?",
-        "Brindle still smells of {t}, which wash is right?",
-        "(Right|Best) wash after {t}",
-    ),
 }
 """Titles by aspect. Each names its dish and one of its aspect's cue words, and no other's."""
 
@@ -74,10 +62,8 @@ CUES: Final[dict[str, frozenset[str]]] = {
     "time": frozenset({"timer"}),
     "speed": frozenset({"speed", "fast"}),
     "lid": frozenset({"lid"}),
-    "fit": frozenset({"tool"}),
     "water": frozenset({"water"}),
     "rest": frozenset({"rest"}),
-    "wash": frozenset({"wash"}),
 }
 
 BODIES: Final = (
@@ -134,11 +120,6 @@ REASONS: Final[dict[str, tuple[str, ...]]] = {
         "Otherwise the {t} (foams|dries out) under the lid.",
         "The {t} (keeps|gets) its crust only like that.",
     ),
-    "fit": (
-        "The other tools (tear|crush) the {t}.",
-        "Only that one reaches the {t} at the (bottom|edge).",
-        "It turns through {t} without (force|noise).",
-    ),
     "water": (
         "Less water makes the {t} (dry|tough).",
         "More than that (drowns|thins) the {t}.",
@@ -148,11 +129,6 @@ REASONS: Final[dict[str, tuple[str, ...]]] = {
         "The {t} (settles|sets) while it stands.",
         "Served sooner, the {t} (falls apart|is too hot).",
         "The taste of {t} (comes|grows) in that time.",
-    ),
-    "wash": (
-        "A weaker wash leaves {t} in the (joints|seal).",
-        "That loosens what the {t} leaves (behind|on the walls).",
-        "Old {t} in the pipe spoils the next (meal|dish).",
     ),
 }
 
@@ -177,11 +153,6 @@ STEPS: Final[dict[str, tuple[str, ...]]] = {
         "Then wipe the (rim|glass) dry.",
         "Check it again when the {t} boils.",
     ),
-    "fit": (
-        "Lock the arm before you start.",
-        "Then pull once to (check|test) the grip.",
-        "Oil the joint before the {t} goes in.",
-    ),
     "water": (
         "Pour it in before the {t}.",
         "Then level the (pot|scale) and start.",
@@ -191,11 +162,6 @@ STEPS: Final[dict[str, tuple[str, ...]]] = {
         "Keep it covered meanwhile.",
         "Then stir once and serve the {t}.",
         "Move the {t} away from the (fan|window).",
-    ),
-    "wash": (
-        "Take the tool out first.",
-        "Then leave the door open to (dry|air).",
-        "Empty the {t} filter every (week|month).",
     ),
 }
 

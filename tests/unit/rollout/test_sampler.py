@@ -1,0 +1,223 @@
+"""The sampler against the library's own generation, against a fresh forward, and against chance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from tests.unit.conftest import FAMILIES, VOCABULARY
+from torch import Tensor
+
+from suasion.core.records import token_batch
+from suasion.core.seeding import generator
+from suasion.models.roles import Policy
+from suasion.rollout.sampler import Sampling, sample
+
+Policies = Callable[[str], Policy]
+
+QUERIES = [[5, 9, 12, 200], [7], [33, 44, 55, 66, 77, 88, 99], [8, 8, 8], [150, 160]]
+NEVER = VOCABULARY - 1
+"""A stop token that these models hardly draw."""
+
+
+def uniforms(count: int, length: int = 32, seed: int = 1) -> list[Tensor]:
+    """A stream of uniform numbers for each row."""
+    return [
+        torch.rand(length, generator=generator(seed, "row", row), dtype=torch.float64)
+        for row in range(count)
+    ]
+
+
+def fresh_logprobs(policy: Policy, query: Sequence[int], response: Sequence[int]) -> Tensor:
+    """Log-probabilities by the library's own forward, one row alone."""
+    ids = torch.tensor([[*query, *response]])
+    with torch.no_grad():
+        logits = policy.model(input_ids=ids).logits[0, len(query) - 1 : -1].float()
+    every = (logits / policy.temperature).log_softmax(-1)
+    return every[torch.arange(len(response)), torch.tensor(list(response))]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_is_the_librarys_greedy(policies: Policies, family: str) -> None:
+    """Row by row without padding there, left-padded in one batch here."""
+    policy = policies(family)
+    stops = (1,)
+    found = sample(
+        policy,
+        QUERIES,
+        [12] * len(QUERIES),
+        uniforms(len(QUERIES)),
+        stop_ids=stops,
+        pad_id=0,
+        sampling=Sampling(greedy=True),
+    )
+    for query, response in zip(QUERIES, found.responses, strict=True):
+        theirs = policy.model.generate(
+            torch.tensor([query]),
+            attention_mask=torch.ones(1, len(query), dtype=torch.long),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=1,
+            pad_token_id=0,
+        )
+        assert response == theirs[0, len(query) :].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logprobs_are_those_of_a_fresh_forward(policies: Policies, family: str) -> None:
+    """In spite of cache, padding and rows that left the batch."""
+    policy = policies(family)
+    limits = [3, 14, 6, 1, 10]
+    found = sample(policy, QUERIES, limits, uniforms(5), stop_ids=(NEVER,), pad_id=0)
+    for query, response, logprobs in zip(
+        found.queries, found.responses, found.logprobs, strict=True
+    ):
+        expected = fresh_logprobs(policy, query, response)
+        torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
+
+
+def test_the_update_sees_the_same_logprobs(policies: Policies) -> None:
+    """Right-padded, through the trunk and the head apart."""
+    policy = policies("gpt2")
+    found = sample(policy, QUERIES, [8] * 5, uniforms(5), stop_ids=(NEVER,), pad_id=0)
+    again = policy.logprobs(token_batch(found.queries, found.responses, 0))[0]
+    torch.testing.assert_close(again.detach(), torch.cat(found.logprobs), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bloom"])
+def test_a_response_does_not_depend_on_its_neighbours(policies: Policies, family: str) -> None:
+    """Alone, in another order, with others: the same tokens for the same numbers."""
+    policy, numbers = policies(family), uniforms(5)
+    together = sample(policy, QUERIES, [10] * 5, numbers, stop_ids=(3, 4), pad_id=0).responses
+    order = [3, 0, 4, 2, 1]
+    shuffled = sample(
+        policy,
+        [QUERIES[i] for i in order],
+        [10] * 5,
+        [numbers[i] for i in order],
+        stop_ids=(3, 4),
+        pad_id=0,
+    ).responses
+    for row, query in enumerate(QUERIES):
+        alone = sample(policy, [query], [10], [numbers[row]], stop_ids=(3, 4), pad_id=0)
+        assert alone.responses[0] == together[row] == shuffled[order.index(row)]
+
+
+def test_limits_and_stops(policies: Policies) -> None:
+    """A row ends at its limit, unfinished, or with its stop token, finished; never in between."""
+    policy = policies("gpt2")
+    stops = tuple(range(0, VOCABULARY, 5))
+    limits = [1, 3, 9, 20] * 8
+    queries = [[10 + row] for row in range(32)]
+    found = sample(policy, queries, limits, uniforms(32), stop_ids=stops, pad_id=0)
+    assert len(set(found.finished)) == 2
+    for response, limit, finished in zip(found.responses, limits, found.finished, strict=True):
+        assert finished == (response[-1] in stops)
+        assert not set(response[:-1]) & set(stops)
+        assert finished or len(response) == limit
+        assert 1 <= len(response) <= limit
+
+
+def test_padding_may_be_the_stop_token(policies: Policies) -> None:
+    """Lengths are counted, not read off padding."""
+    policy = policies("gpt2")
+    one = sample(policy, QUERIES, [9] * 5, uniforms(5), stop_ids=(7,), pad_id=7)
+    two = sample(policy, QUERIES, [9] * 5, uniforms(5), stop_ids=(7,), pad_id=0)
+    assert one.responses == two.responses
+    assert one.finished == two.finished
+
+
+def test_temperature_is_in_the_logprobs(policies: Policies) -> None:
+    """Both the draw and what is reported of it."""
+    policy = Policy(policies("llama").model, 0.5)
+    found = sample(policy, QUERIES, [6] * 5, uniforms(5), stop_ids=(NEVER,), pad_id=0)
+    expected = fresh_logprobs(policy, found.queries[2], found.responses[2])
+    torch.testing.assert_close(found.logprobs[2], expected, atol=1e-5, rtol=0)
+
+
+def test_values_are_of_the_position_before_each_token(policies: Policies) -> None:
+    """As the update computes them from whole sequences."""
+    policy = policies("gpt2")
+    weights = torch.linspace(-1, 1, 32)
+    found = sample(
+        policy, QUERIES, [7] * 5, uniforms(5), stop_ids=(3,), pad_id=0, value=lambda h: h @ weights
+    )
+    assert found.values is not None
+    hidden = policy.logprobs(token_batch(found.queries, found.responses, 0))[2]
+    torch.testing.assert_close(
+        torch.cat(found.values), (hidden @ weights).detach(), atol=1e-4, rtol=0
+    )
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(top_k=5), Sampling(top_p=0.6), Sampling(top_k=20, top_p=0.5)]
+)
+def test_frequencies_follow_the_distribution(policies: Policies, sampling: Sampling) -> None:
+    """First tokens of many rows, by chi-square against the filtered softmax."""
+    policy, rows = policies("llama"), 4000
+    draws = torch.rand(rows, 1, generator=generator(5, "chi"), dtype=torch.float64)
+    found = sample(
+        policy,
+        [[5, 9, 12]] * rows,
+        [1] * rows,
+        list(draws),
+        stop_ids=(NEVER,),
+        pad_id=0,
+        sampling=sampling,
+    )
+    ids = torch.tensor([[5, 9, 12]])
+    with torch.no_grad():
+        probs = policy.model(input_ids=ids).logits[0, -1].double().softmax(-1)
+    expected = filtered(probs, sampling)
+    drawn = torch.bincount(torch.tensor([r[0] for r in found.responses]), minlength=VOCABULARY)
+    assert not drawn[expected == 0].any()
+    common = expected * rows >= 5
+    observed = torch.cat([drawn[common].double(), drawn[~common].sum()[None].double()])
+    wanted = torch.cat([expected[common], expected[~common].sum()[None]]) * rows
+    if wanted[-1] == 0:
+        observed, wanted = observed[:-1], wanted[:-1]
+    assert chisquare(observed, wanted).pvalue > 1e-3
+    if sampling == Sampling():  # negative control: a slightly other distribution is noticed
+        other = probs.pow(1.3) / probs.pow(1.3).sum() * rows
+        other = torch.cat([other[common], other[~common].sum()[None]])
+        assert chisquare(observed, other).pvalue < 1e-6
+
+
+def filtered(probs: Tensor, sampling: Sampling) -> Tensor:
+    """Top-k, then top-p of what is left, token by token."""
+    kept = dict.fromkeys(range(len(probs)), 0.0)
+    ranked = sorted(kept, key=lambda i: -float(probs[i]))[: sampling.top_k or None]
+    mass, total = 0.0, sum(float(probs[i]) for i in ranked)
+    for token in ranked:
+        if mass / total >= sampling.top_p:
+            break
+        kept[token] = float(probs[token])
+        mass += kept[token]
+    found = torch.tensor(list(kept.values()), dtype=torch.float64)
+    return found / found.sum()
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
+def test_extreme_numbers_draw_possible_tokens(policies: Policies, uniform: float) -> None:
+    """Neither a token of probability zero nor one beyond the vocabulary."""
+    row = [torch.full((4,), uniform, dtype=torch.float64)]
+    found = sample(
+        policies("gpt2"),
+        [[5]],
+        [4],
+        row,
+        stop_ids=(NEVER,),
+        pad_id=0,
+        sampling=Sampling(top_k=3),
+    )
+    assert all(logprob > -8 for logprob in found.logprobs[0])
+
+
+def test_only_the_plain_draw_leaves_the_distribution_alone() -> None:
+    """The KL estimate is unbiased under no other."""
+    assert not Sampling().alters_distribution
+    assert Sampling(top_k=3).alters_distribution
+    assert Sampling(top_p=0.9).alters_distribution
+    assert Sampling(greedy=True).alters_distribution

@@ -1,0 +1,1 @@
+"""Each check catches its fault, and passes what is healthy."""
