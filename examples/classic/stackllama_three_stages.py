@@ -8,6 +8,7 @@ arguments as the published scripts; only data and models are invented here.
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import (
     AutoModelForSequenceClassification,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     TrainingArguments,
     pipeline,
@@ -44,6 +46,7 @@ ROWS = [
     for topic in TOPICS
 ] * 8
 REWARD_BASELINE = 0.5
+EPOCHS = 6
 
 
 def text_of(question: str, answer: str) -> str:
@@ -78,14 +81,35 @@ def lora(task_type: str) -> LoraConfig:
     )
 
 
+def pretrained(folder: Path, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """Stands in for LLaMA: a model that knows good and bad answers alike."""
+    texts = [text_of(row["question"], row[f"response_{at}"]) for row in ROWS for at in "jk"]
+    trainer = SFTTrainer(
+        model=fresh_causal_lm(
+            family="llama",
+            tokenizer=tokenizer,
+            context=128,
+            hidden_size=32,
+            layers=2,
+            heads=2,
+            seed=0,
+        ),
+        args=TrainingArguments(**settings(folder / "base-run", 60)),
+        train_dataset=Dataset.from_dict({"text": texts}),
+        dataset_text_field="text",
+        packing=True,
+        max_seq_length=64,
+        tokenizer=tokenizer,
+    )
+    trainer.train()
+    return trainer.model
+
+
 def supervised(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
     """Fine-tune adapters on packed questions and answers, and merge them."""
-    base = fresh_causal_lm(
-        family="llama", tokenizer=tokenizer, context=128, hidden_size=32, layers=2, heads=2, seed=0
-    )
     trainer = SFTTrainer(
-        model=base,
-        args=TrainingArguments(**settings(folder / "sft-run", 25)),
+        model=pretrained(folder, tokenizer),
+        args=TrainingArguments(**settings(folder / "sft-run", 1)),
         train_dataset=Dataset.from_list(ROWS),
         formatting_func=lambda row: text_of(row["question"], row["response_j"]),
         packing=True,
@@ -131,12 +155,20 @@ def reward(folder: Path, sft: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
 def policy(folder: Path, sft: Path, judge: Path) -> dict[str, Any]:
     """PPO of new adapters on the supervised model, whose base is the reference."""
     config = PPOConfig(
-        model_name=str(sft), learning_rate=3e-3, batch_size=16, mini_batch_size=4,
-        gradient_accumulation_steps=2, early_stopping=True, target_kl=0.1, init_kl_coef=0.2, seed=0,
-    )  # fmt: skip
+        model_name=str(sft),
+        learning_rate=2e-3,
+        batch_size=32,
+        mini_batch_size=8,
+        gradient_accumulation_steps=2,
+        early_stopping=True,
+        target_kl=0.1,
+        init_kl_coef=0.05,
+        seed=0,
+    )
     model = AutoModelForCausalLMWithValueHead.from_pretrained(sft, peft_config=lora("CAUSAL_LM"))
     scorer = pipeline("sentiment-analysis", model=str(judge), device=-1)
     tokenizer = scorer.tokenizer
+    tokenizer.padding_side = "right"  # of the scorer; generation pads on the left by itself
     texts = [f"Question: {row['question']}\n\nAnswer:" for row in ROWS]
     dataset = Dataset.from_dict(
         {"query": texts, "input_ids": [tokenizer(text)["input_ids"] for text in texts]}
@@ -151,7 +183,7 @@ def policy(folder: Path, sft: Path, judge: Path) -> dict[str, Any]:
     )
     lengths = LengthSampler(8, 16)
     stats: dict[str, Any] = {}
-    for batch in trainer.dataloader:
+    for batch in itertools.chain.from_iterable(itertools.repeat(trainer.dataloader, EPOCHS)):
         queries = batch["input_ids"]
         responses = trainer.generate(
             queries,

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from tests.e2e.commands import TINY, Commands, lines, read
 from tests.unit.data.dumps import TAIL, answer, question, threads, write_posts
 
@@ -336,8 +337,8 @@ def test_a_reward_function_that_misbehaves(
     inputs = ("--model", demo / "sft/model", "--data", demo / "prepare", "--out", out)
     line = code.splitlines().index(f" {BAD_REWARDS[name]})") + 1
     command = ("ppo", *inputs, "--reward", f"{tmp_path / 'bad.py'}:{name}", *PPO)
-    for checks, code in (("stop", CHECK), ("off", REWARD)):
-        message = suasion.refused(code, *command, "--checks", checks)
+    for checks, exit_code in (("stop", CHECK), ("off", REWARD)):
+        message = suasion.refused(exit_code, *command, "--checks", checks)
         assert said.replace("line 8", f"line {line}") in message
         assert not out.exists() or "model" not in {path.name for path in out.iterdir()}
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.e2e.commands import MODELS, TINY, Commands, lines, read
 
 from suasion.core.summary import Summary
+from tests.e2e.commands import MODELS, TINY, Commands, lines, read
 
 STAGES = ("prepare", "pretrain", "sft", "reward", "ppo", "evaluate")
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+
 from tests.e2e.commands import MODELS, TINY, Commands, Outcome, lines, read
 from tests.e2e.test_demo import STAGES, stages_that_ran
 

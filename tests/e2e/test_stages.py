@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.e2e.commands import Commands, lines, read
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -18,6 +17,8 @@ from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
 )
+
+from tests.e2e.commands import Commands, lines, read
 
 PPO = shlex.split(
     "--steps 1 --batch_size 4 --mini_batch_size 2 --response.max_tokens 8 --samples 1 --threads 1"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import datasets
 import torch
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from suasion.classic.errors import ArgumentError
@@ -70,3 +73,43 @@ def controller_of(config: PPOConfig) -> AdaptiveKLController | FixedKLController
     if config.adap_kl_ctrl:
         return AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
     return FixedKLController(config.init_kl_coef)
+
+
+def batches_of(
+    dataset: Dataset[Any] | datasets.Dataset,
+    collate: Callable[[list[Any]], Any] | None,
+    config: PPOConfig,
+    known: set[str],
+) -> DataLoader[Any]:
+    """Shuffled batches of queries; the last, incomplete one is left out.
+
+    Args:
+        dataset: Rows.
+        collate: Rows to a batch.
+        config: Says how large a batch is and whether unused columns go.
+        known: Columns that stay.
+
+    Raises:
+        ArgumentError: there are fewer rows than one batch.
+    """
+    if isinstance(dataset, datasets.Dataset) and config.remove_unused_columns:
+        dataset = dataset.remove_columns(sorted(set(dataset.column_names) - known))
+    if hasattr(dataset, "__len__") and len(dataset) < config.batch_size:
+        raise ArgumentError(
+            f"the dataset has {len(dataset)} rows, less than one batch of {config.batch_size}",
+            "lower PPOConfig.batch_size or give more queries",
+        )
+    return DataLoader(
+        dataset,
+        batch_size=config.batch_size,
+        collate_fn=collate,
+        shuffle=True,
+        drop_last=True,
+    )
+
+
+class NoSchedule:
+    """A learning rate that stays."""
+
+    def step(self) -> None:
+        """Do nothing."""

@@ -8,6 +8,7 @@ differs there (unbiased variances, `var_explained` from the uncentred error) is 
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import torch
@@ -89,3 +90,21 @@ def spread(values: Tensor) -> float:
         return 0.0
     everything = torch.ones_like(values, dtype=torch.bool)
     return math.sqrt(masked_var(values.double(), everything, ddof=1))
+
+
+class Clock:
+    """Seconds between named moments."""
+
+    def __init__(self) -> None:
+        self._begun = self._last = time.perf_counter()
+        self._spans: dict[str, float] = {}
+
+    def note(self, name: str) -> None:
+        """Whatever happened since the last note was `name`."""
+        now = time.perf_counter()
+        self._spans[f"time/ppo/{name}"] = now - self._last
+        self._last = now
+
+    def spans(self) -> dict[str, float]:
+        """All spans, and the time since the beginning."""
+        return {**self._spans, "time/ppo/total": time.perf_counter() - self._begun}

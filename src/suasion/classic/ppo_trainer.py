@@ -8,7 +8,6 @@ old library, and why, is listed in docs/classic.md.
 from __future__ import annotations
 
 import inspect
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -33,8 +32,16 @@ from suasion.classic.ppo_roles import (
     full_penalty,
     scored_rollout,
 )
-from suasion.classic.ppo_setup import adam, check_optimizer, check_parts, controller_of
-from suasion.classic.ppo_statistics import MiniBatches, step_statistics
+from suasion.classic.ppo_setup import (
+    NoSchedule,
+    adam,
+    batches_of,
+    check_optimizer,
+    check_parts,
+    controller_of,
+)
+from suasion.classic.ppo_statistics import Clock, MiniBatches, step_statistics
+from suasion.classic.ranks import average_over_ranks, same_on_every_rank, seed_this_rank
 from suasion.classic.tools import set_seed
 from suasion.classic.tracking import Tracking, make_accelerator
 from suasion.classic.value_head import AutoModelForCausalLMWithValueHead
@@ -102,6 +109,7 @@ class PPOTrainer:
         if not getattr(model.pretrained_model, "hf_device_map", None):
             model.to(self.current_device)
         switch_off_dropout(model)
+        same_on_every_rank(self.accelerator, model)
         self.model = model
         self._policy = Policy(model.pretrained_model, temperature=1.0)
         self._reference: ReferenceRole
@@ -120,6 +128,8 @@ class PPOTrainer:
         self._moments = RunningMoments()
         self._updater = self._make_updater()
         self._tracking = Tracking(self.accelerator, config)
+        config.world_size = self.accelerator.num_processes
+        seed_this_rank(self.accelerator, config.seed)
 
     @property
     def pad_id(self) -> int:
@@ -137,23 +147,8 @@ class PPOTrainer:
         Raises:
             ArgumentError: there are fewer rows than one batch.
         """
-        if isinstance(dataset, datasets.Dataset) and self.config.remove_unused_columns:
-            known = {*inspect.signature(self.model.forward).parameters, "label", "query"}
-            unused = set(dataset.column_names) - known - {"response", "labels"}
-            dataset = dataset.remove_columns(sorted(unused))
-        if hasattr(dataset, "__len__") and len(dataset) < self.config.batch_size:
-            raise ArgumentError(
-                f"the dataset has {len(dataset)} rows, less than one batch of "
-                f"{self.config.batch_size}",
-                "lower PPOConfig.batch_size or give more queries",
-            )
-        loader: DataLoader[Any] = DataLoader(
-            dataset,
-            batch_size=self.config.batch_size,
-            collate_fn=data_collator,
-            shuffle=True,
-            drop_last=True,
-        )
+        known = {*inspect.signature(self.model.forward).parameters, "query", "response", "label"}
+        loader = batches_of(dataset, data_collator, self.config, known)
         prepared: DataLoader[Any] = self.accelerator.prepare(loader)
         return prepared
 
@@ -235,7 +230,7 @@ class PPOTrainer:
         """
         config = self.config
         batch = checked_batch(queries, responses, scores, response_masks, config.batch_size)
-        clock = _Clock()
+        clock = Clock()
         # No forward pass then holds more than mini_batch_size of the longest sequences.
         budget = max(batch.lengths) * config.mini_batch_size
         self._updater.settings = replace(self._updater.settings, micro_batch_tokens=budget)
@@ -249,6 +244,7 @@ class PPOTrainer:
         clock.note("optimize_step")
         stats = step_statistics(experience, batch.scores, penalties, finished) | update
         stats |= seen.statistics(update["ppo/val/error"])
+        stats = average_over_ranks(self.accelerator, stats)
         stats["ppo/learning_rate"] = rate
         self._refuse_broken(stats)
         clock.note("calc_stats")
@@ -299,7 +295,7 @@ class PPOTrainer:
             self._policy,
             HeadCritic(self.model.v_head),
             self.optimizer,
-            self.lr_scheduler or _NoSchedule(),
+            self.lr_scheduler or NoSchedule(),
             partial(clipped_surrogate, clip_low=c.cliprange, clip_high=c.cliprange),
             partial(clipped_value_loss, clip=c.cliprange_value),
             UpdateSettings(
@@ -315,9 +311,10 @@ class PPOTrainer:
             ),
             pad_id=self.pad_id,
             autocast=self.accelerator.autocast,
+            sum_over_ranks=partial(self.accelerator.reduce, reduction="sum"),
         )
 
-    def _experience(self, batch: StepBatch, clock: _Clock) -> tuple[Experience, Tensor, list[bool]]:
+    def _experience(self, batch: StepBatch, clock: Clock) -> tuple[Experience, Tensor, list[bool]]:
         """Score every token of a batch; also the penalties, and which responses ended."""
         c = self.config
         budget = self._updater.settings.micro_batch_tokens
@@ -412,28 +409,3 @@ class PPOTrainer:
         if score > self.highest_reward:
             self.highest_reward = score
             self.push_to_hub(**kwargs)
-
-
-class _NoSchedule:
-    """A learning rate that stays."""
-
-    def step(self) -> None:
-        """Do nothing."""
-
-
-class _Clock:
-    """Seconds between named moments."""
-
-    def __init__(self) -> None:
-        self._begun = self._last = time.perf_counter()
-        self._spans: dict[str, float] = {}
-
-    def note(self, name: str) -> None:
-        """Whatever happened since the last note was `name`."""
-        now = time.perf_counter()
-        self._spans[f"time/ppo/{name}"] = now - self._last
-        self._last = now
-
-    def spans(self) -> dict[str, float]:
-        """All spans, and the time since the beginning."""
-        return {**self._spans, "time/ppo/total": time.perf_counter() - self._begun}

@@ -14,6 +14,7 @@ from torch import Tensor
 from suasion.classic.errors import ArgumentError
 from suasion.classic.ppo_config import PPOConfig
 from suasion.classic.ppo_statistics import spread
+from suasion.classic.ranks import gathered_rows
 from suasion.classic.tools import as_numpy
 
 
@@ -44,6 +45,7 @@ class Tracking:
 
     def __init__(self, accelerator: Accelerator, config: PPOConfig) -> None:
         self._accelerator = accelerator
+        self._device = accelerator.device
         self._kind = config.log_with
         if self._kind is None:
             return
@@ -64,18 +66,17 @@ class Tracking:
         step: int,
     ) -> None:
         """See `PPOTrainer.log_stats`."""
-        if not isinstance(rewards, Tensor):
-            rewards = torch.stack([torch.as_tensor(reward).reshape(()) for reward in rewards])
-        rewards = rewards.detach().float().flatten()
+        mine = torch.stack([torch.as_tensor(reward).detach().reshape(()) for reward in rewards])
+        found: Tensor = self._accelerator.gather(mine.float().to(self._device)).cpu()
         logs = {
             **stats,
-            "env/reward_mean": float(rewards.mean()),
-            "env/reward_std": spread(rewards),
-            "env/reward_dist": as_numpy(rewards),
+            "env/reward_mean": float(found.mean()),
+            "env/reward_std": spread(found),
+            "env/reward_dist": as_numpy(found),
         }
         if self._kind == "wandb":
-            logs["game_log"] = self._table(batch, rewards, columns)
-        if self._kind == "tensorboard":
+            logs["game_log"] = self._table(batch, found, columns)
+        if self._kind == "tensorboard" and self._accelerator.is_main_process:
             self._histograms(logs, step)
         self._accelerator.log(logs, step=step)
 
@@ -95,5 +96,7 @@ class Tracking:
                 f"log_stats: the batch has no column {', '.join(missing)}",
                 f"name columns of the batch ({', '.join(batch)}) in columns_to_log",
             )
-        rows = zip(*(batch[column] for column in columns), rewards.tolist(), strict=True)
-        return wandb.Table(columns=[*columns, "reward"], rows=[list(row) for row in rows])
+        mine = list(zip(*(batch[column] for column in columns), strict=True))
+        texts = gathered_rows(self._accelerator, mine)
+        rows = [[*row, reward] for row, reward in zip(texts, rewards.tolist(), strict=True)]
+        return wandb.Table(columns=[*columns, "reward"], rows=rows)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from rich.console import Console
@@ -21,12 +21,14 @@ from suasion.functional.losses import clipped_surrogate, clipped_value_loss
 from suasion.models.adapters import add_lora
 from suasion.models.load import (
     context_of,
+    device_for_training,
     dtype_for,
     load_causal_lm,
     load_codec,
     load_reward_model,
     new_reward_model,
     save_model,
+    score_head,
     switch_off_dropout,
 )
 from suasion.models.roles import (
@@ -40,7 +42,6 @@ from suasion.models.roles import (
     hidden_size_of,
 )
 from suasion.rollout.rewards import load_function, load_reward
-from suasion.trainers.fit import device_for_training
 from suasion.trainers.policy import PolicyTrainer, UpdateSettings
 from suasion.trainers.ppo import PpoLoop, PpoParts
 from suasion.trainers.sft import save_trained
@@ -59,7 +60,8 @@ def ppo(config: PpoConfig, folder: Path, *, seed: int, console: Console) -> dict
     parts = ppo_parts(config, seed=seed)
     if config.checks != "off":
         subject = subject_of(parts, config, seed=seed)
-        run_checks(subject, QUICK, console=console, only_report=config.checks == "report")
+        told = config.checks == "report"
+        run_checks(subject, QUICK, console=console, only_report=told, brief=True)
     with _Trackers(config.track, folder, parts.policy.device) as trackers:
         loop = PpoLoop(
             parts,
@@ -157,8 +159,8 @@ def _critic(config: PpoConfig, policy: Policy, codec: Codec, device: torch.devic
     if config.critic.kind == "value_head":
         return TrunkCritic(hidden_size_of(policy))
     if config.critic.kind == "policy_copy":
-        model = new_reward_model(str(config.model), codec.pad_id, torch.float32)
-        torch.nn.init.zeros_(model.score.weight)
+        model: Any = new_reward_model(str(config.model), codec.pad_id, torch.float32)
+        torch.nn.init.zeros_(score_head(model).weight)
     else:
         source = str(config.reward)
         if not Path(source).is_dir():
@@ -254,12 +256,12 @@ class _Trackers:
 
         self._accelerator = Accelerator(
             cpu=device.type == "cpu",
-            log_with=list(names) or None,  # type: ignore[arg-type]
+            log_with=list(names) or None,
             project_dir=str(folder / "tracking"),
         )
         (folder / "tracking").mkdir(parents=True, exist_ok=True)
 
-    def __enter__(self) -> _Trackers:
+    def __enter__(self) -> Self:
         self._accelerator.init_trackers("ppo")
         return self
 

@@ -131,7 +131,7 @@ def demo(arguments: Sequence[str]) -> int:
         )
         return 0
     given = parse_overrides(arguments)
-    values = {key: given[key] for key in ("out", "seed", "questions") if key in given}
+    values: dict[str, Any] = {k: given[k] for k in ("out", "seed", "questions") if k in given}
     options = validate(schema.DemoConfig, values, "the options")
     from suasion.data.world import write_dump
 
@@ -221,7 +221,7 @@ def quiet_libraries() -> None:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 

@@ -32,7 +32,7 @@ HELP = """\
 suasion: from people's votes to a model they prefer, with every step checked
 
   suasion demo [--out DIR] [--seed N]     the whole pipeline on a small world with a known truth
-  suasion run RECIPE.yaml [--key.key V]   the stages of a recipe, in order; finished ones are skipped
+  suasion run RECIPE.yaml [--key.key V]   the stages of a recipe; finished ones are skipped
   suasion check RECIPE.yaml [--only NAME]   faults that would ruin its policy stage, in a minute
 
 stages, each on its own:
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         command = COMMANDS.get(words[0])
         if command is None:
-            raise unknown_command(words[0])
+            return _explain(unknown_command(words[0]))
         return command(words[1:])
     except SuasionError as error:
         return _explain(error)

@@ -12,9 +12,8 @@ from suasion.core.files import keep_json_lines
 from suasion.core.progress import Meter
 from suasion.data.sources import Source, fitting
 from suasion.evaluate.answering import answer
-from suasion.models.load import context_of, load_causal_lm, load_codec
+from suasion.models.load import context_of, device_for_training, load_causal_lm, load_codec
 from suasion.models.roles import Policy
-from suasion.trainers.fit import device_for_training
 
 
 def generate(config: GenerateConfig, console: Console) -> None:

@@ -20,7 +20,7 @@ from suasion.evaluate.answering import Answers, answer
 from suasion.evaluate.reward_card import held_out_pairs, reward_card
 from suasion.evaluate.statistics import win_rate
 from suasion.models.likelihood import perplexity
-from suasion.models.load import context_of, load_causal_lm, load_codec
+from suasion.models.load import context_of, device_for_training, load_causal_lm, load_codec
 from suasion.models.roles import Policy
 from suasion.rollout.experience import token_budget
 from suasion.rollout.rewards import Checked, RewardModel, load_reward
@@ -43,7 +43,7 @@ def evaluate(
     gold = load_reward(config.gold, config.template) if config.gold else None
     if source.prepared and reward is not None and isinstance(reward.reward, RewardModel):
         pairs = held_out_pairs(source, config.evaluation_pairs)
-        limit = context_of(load_config(config.reward))
+        limit = context_of(load_config(str(config.reward)))
         card = reward_card(reward, pairs, level=config.level, max_length=limit)
         result["reward"] = card.as_dict()
         if gold is not None:
@@ -56,7 +56,7 @@ def evaluate(
     return result
 
 
-def load_config(source: str | None) -> Any:
+def load_config(source: str) -> Any:
     """The transformers configuration of a model folder or Hub name."""
     from transformers import AutoConfig
 
@@ -71,12 +71,17 @@ def _perplexities(config: EvaluateConfig, source: Source) -> dict[str, float]:
     ):
         if model:
             codec = load_codec(model, config.template)
-            policy = Policy(load_causal_lm(model), 1.0)
+            policy = _load(model, 1.0)
             limit = context_of(policy.model.config)
             rows = spread(source.answers("evaluation", best=False), config.evaluation_rows)
             texts = [d for d in documents(codec, rows) if len(d) <= limit]
             found[key] = perplexity(policy, texts, pad_id=codec.pad_id)
     return found
+
+
+def _load(source: str, temperature: float) -> Policy:
+    model: Any = load_causal_lm(source)
+    return Policy(model.to(device_for_training()), temperature)
 
 
 def _compare(
@@ -98,8 +103,7 @@ def _compare(
             "set evaluate.reward or evaluate.gold",
         )
     temperature = config.response.temperature
-    before = Policy(load_causal_lm(config.before), temperature)
-    after = Policy(load_causal_lm(config.after), temperature)
+    before, after = _load(config.before, temperature), _load(config.after, temperature)
     codec = load_codec(config.before, config.template)
     room = context_of(before.model.config) - config.response.max_tokens
     found = spread(source.queries("evaluation"), config.prompts)

@@ -16,7 +16,7 @@ from suasion.models.roles import Policy
 def perplexity(
     policy: Policy, documents: Sequence[Sequence[int]], *, pad_id: int, batch_tokens: int = 16384
 ) -> float:
-    """exp of the mean negative log-likelihood per token, over all tokens but each first one.
+    """Exponential of the mean negative log-likelihood of all tokens but each first one.
 
     The mean is over the tokens of all documents together, not over documents, so that it does not
     depend on how they are batched.

@@ -33,6 +33,11 @@ EOS = "<|endoftext|>"
 PAD = "<|pad|>"
 
 
+def device_for_training() -> torch.device:
+    """The GPU if there is one, else the processor."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def dtype_for(precision: str, device: torch.device) -> torch.dtype:
     """Arithmetic type for `precision`, where "auto" is bf16 on a GPU that has it, else fp32."""
     if precision == "auto":
@@ -263,7 +268,7 @@ def fresh_causal_lm(
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _load(kind: Any, source: str, *, heads: bool = False, **options: Any) -> Any:

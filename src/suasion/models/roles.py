@@ -30,8 +30,8 @@ class HiddenStates:
     """
 
     def __init__(self, model: Any, head: nn.Module) -> None:
-        self.model = model
-        self.head = head
+        self.model: Any = model
+        self.head: Any = head
         plain = model.get_base_model() if hasattr(model, "peft_config") else model
         self.trunk = plain.base_model
         self.takes_positions = "position_ids" in inspect.signature(self.trunk.forward).parameters
@@ -39,7 +39,7 @@ class HiddenStates:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.head.weight.device  # type: ignore[return-value,union-attr]
+        return self.head.weight.device
 
     def __call__(self, ids: Tensor, mask: Tensor, **cache: Any) -> Any:
         """Run the trunk.
@@ -92,7 +92,7 @@ class Policy(HiddenStates):
         hidden = self(batch.ids, batch.mask).last_hidden_state[batch.predicts]
         found, entropy = linear_logprobs(
             hidden,
-            self.head.weight,  # type: ignore[arg-type]
+            self.head.weight,
             getattr(self.head, "bias", None),
             batch.targets,
             self.temperature,
@@ -106,14 +106,15 @@ class Policy(HiddenStates):
 
     def _prove_head(self) -> None:
         """Refuse a family whose logits are not the head of the hidden states (soft-capping)."""
-        ids = torch.tensor([[1, 2, 3]], device=self.device) % self.head.weight.shape[0]  # type: ignore[operator]
+        ids = torch.tensor([[1, 2, 3]], device=self.device) % self.head.weight.shape[0]
         mask = torch.ones_like(ids, dtype=torch.bool)
-        training = self.model.training
+        training = [module for module in self.model.modules() if module.training]
         self.model.eval()  # dropout would make any two passes differ
         with torch.no_grad():
             ours = self.head(self(ids, mask).last_hidden_state)
             theirs = self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
-        self.model.train(training)
+        for module in training:
+            module.training = True
         if not torch.allclose(ours, theirs, atol=1e-3, rtol=1e-3):
             raise ModelError(
                 f"{type(self.model).__name__} changes its logits after the output head",
@@ -148,7 +149,7 @@ class FrozenReference:
     """A model of its own that never changes."""
 
     def __init__(self, model: Any, temperature: float) -> None:
-        model.requires_grad_(requires_grad=False)
+        model.requires_grad_(False)  # noqa: FBT003
         model.eval()
         self._policy = Policy(model, temperature)
 
@@ -186,7 +187,7 @@ class TrunkCritic:
     on_trunk = True
 
     def __init__(self, hidden_size: int) -> None:
-        self.module: nn.Module = nn.Linear(hidden_size, 1)
+        self.module: Any = nn.Linear(hidden_size, 1)
         nn.init.zeros_(self.module.weight)
         nn.init.zeros_(self.module.bias)
 
@@ -196,7 +197,7 @@ class TrunkCritic:
 
     def of(self, hidden: Tensor) -> Tensor:
         """Values of hidden states, [..., D] -> [...]."""
-        return self.module(hidden.to(self.module.weight.dtype)).squeeze(-1)  # type: ignore[call-overload,no-any-return]
+        return self.module(hidden.to(self.module.weight.dtype)).squeeze(-1)
 
 
 class ModelCritic:
@@ -216,12 +217,12 @@ class ModelCritic:
     def values(self, batch: TokenBatch, hidden: Tensor) -> Tensor:
         """Values before each response token, [N]."""
         own = self._states(batch.ids, batch.mask).last_hidden_state[batch.predicts]
-        return self._states.head(own).squeeze(-1)  # type: ignore[no-any-return]
+        return self._states.head(own).squeeze(-1)
 
 
 def hidden_size_of(policy: Policy) -> int:
     """Width of what reaches the output head."""
-    return int(policy.head.weight.shape[1])  # type: ignore[arg-type,index]
+    return int(policy.head.weight.shape[1])
 
 
 def frozen_while(module: nn.Module, *, when: bool) -> AbstractContextManager[None]:
@@ -235,11 +236,11 @@ class _Frozen(AbstractContextManager[None]):
 
     def __enter__(self) -> None:
         for parameter in self._parameters:
-            parameter.requires_grad_(requires_grad=False)
+            parameter.requires_grad = False
 
     def __exit__(self, *_: object) -> None:
         for parameter in self._parameters:
-            parameter.requires_grad_(requires_grad=True)
+            parameter.requires_grad = True
 
 
 def named_modules_of(policy: Policy, critic: Critic) -> Iterator[tuple[str, nn.Module]]:

@@ -20,7 +20,13 @@ import torch
 from suasion.core.errors import ConfigError, RewardError
 from suasion.core.records import token_batch
 from suasion.data.codec import Codec
-from suasion.models.load import context_of, load_codec, load_reward_model, score_head
+from suasion.models.load import (
+    context_of,
+    device_for_training,
+    load_codec,
+    load_reward_model,
+    score_head,
+)
 from suasion.models.roles import HiddenStates
 
 
@@ -92,9 +98,11 @@ class Pipeline:
     def __init__(self, folder: str, label: str) -> None:
         from transformers import pipeline
 
-        self._pipe = pipeline("text-classification", model=folder, top_k=None)
+        self._pipe: Any = pipeline(
+            "text-classification", model=folder, top_k=None, device=device_for_training()
+        )
         self._label = label
-        known = list(self._pipe.model.config.id2label.values())
+        known = list((self._pipe.model.config.id2label or {}).values())
         if label not in known:
             raise ConfigError(
                 f"pipeline:{folder}#{label}: the classifier has no label {label!r}",
@@ -199,7 +207,8 @@ def load_reward(source: str, template: str, dtype: torch.dtype = torch.float32) 
     if ":" in source and not Path(source).is_dir():
         return Checked(UserFunction(load_function(source), source), source)
     codec = load_codec(source, template)
-    return Checked(RewardModel(load_reward_model(source, dtype), codec), source)
+    model: Any = load_reward_model(source, dtype)
+    return Checked(RewardModel(model.to(device_for_training()), codec), source)
 
 
 def load_function(path: str) -> Any:

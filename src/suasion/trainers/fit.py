@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from suasion.config.schema import TrainingConfig
 from suasion.core.files import (
@@ -26,7 +26,7 @@ from suasion.core.files import (
 )
 from suasion.core.progress import Meter
 from suasion.core.seeding import seed_of
-from suasion.models.load import dtype_for
+from suasion.models.load import device_for_training, dtype_for
 
 COMPLETE = "complete"
 """Written into a checkpoint last; one without it was cut off and is deleted. It holds the sums of
@@ -36,11 +36,6 @@ _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with
 
 Loss = Callable[[Any, dict[str, Any]], torch.Tensor]
 """(model, batch) -> mean loss of the batch."""
-
-
-def device_for_training() -> torch.device:
-    """The GPU if there is one, else the processor."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def fit(
@@ -91,7 +86,7 @@ def fit(
     if "tensorboard" in config.track:
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(str(folder / "tracking"))  # type: ignore[no-untyped-call]
+        writer = SummaryWriter(str(folder / "tracking"))
         trainer.add_callback(TensorBoardCallback(writer))
     trainer.add_callback(_Journal(metrics, trainer.losses, console, title))
     trainer.add_callback(_Sealer(trainer.losses))
@@ -142,7 +137,7 @@ class _Trainer(Trainer):
         self,
         model: Any,
         inputs: dict[str, Any],
-        return_outputs: bool = False,
+        return_outputs: bool = False,  # noqa: FBT001, FBT002 (the library's signature)
         num_items_in_batch: Any = None,
     ) -> Any:
         """Mean loss of a batch."""

@@ -21,13 +21,13 @@ from suasion.data.codec import Codec
 from suasion.data.sources import Source, documents, spread
 from suasion.models.load import (
     context_of,
+    device_for_training,
     load_causal_lm,
     load_codec,
     load_reward_model,
     new_reward_model,
     save_model,
 )
-from suasion.trainers.fit import device_for_training
 
 TEXTS = 32
 """Held-out texts that the model is compared on before and after."""

@@ -6,6 +6,7 @@ its optimizer steps, and returns what happened.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,13 @@ ValueLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(values, old_values, returns), all [N] -> loss per token [N]."""
 Observer = Callable[[dict[str, Tensor]], None]
 """Sees each mini-batch's values per token by name, all [N]: advantages, new, old, returns, ..."""
+SumOverRanks = Callable[[Tensor], Tensor]
+"""Adds a tensor up over all processes; each of them calls it equally often, in the same order."""
+
+
+def one_rank(tensor: Tensor) -> Tensor:
+    """The sum over a single process."""
+    return tensor
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,7 @@ class _Sums:
     """Token sums of one mini-batch, gathered over its micro-batches."""
 
     tokens: int
+    """Of this process."""
     parts: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def add(self, **values: Tensor) -> None:
@@ -90,6 +99,8 @@ class PolicyTrainer:
         settings: The numbers.
         pad_id: Fills batches.
         autocast: Gives the context of each forward pass, for reduced precision.
+        sum_over_ranks: Adds up over processes, each of which has its own experience of equally many
+            responses; gradients are then those of all their tokens together.
     """
 
     def __init__(
@@ -104,6 +115,7 @@ class PolicyTrainer:
         *,
         pad_id: int,
         autocast: Callable[[], Any],
+        sum_over_ranks: SumOverRanks = one_rank,
     ) -> None:
         self.policy = policy
         self.critic = critic
@@ -114,6 +126,7 @@ class PolicyTrainer:
         self.settings = settings
         self.pad_id = pad_id
         self.autocast = autocast
+        self.sum_over_ranks = sum_over_ranks
 
     def optimise(
         self,
@@ -176,14 +189,19 @@ class PolicyTrainer:
             advantages = whiten(advantages, mask)
         position = {row: at for at, row in enumerate(rows)}
         sums = _Sums(int(mask.sum()))
+        tokens = int(self.sum_over_ranks(mask.sum()))
         self.optimizer.zero_grad(set_to_none=True)
         for part in token_budget(experience.lengths, s.micro_batch_tokens, rows):
             at = [position[row] for row in part]
             loss = self._micro_loss(experience, part, advantages[at], sums, critic_only=critic_only)
-            (loss / sums.tokens).backward()  # type: ignore[no-untyped-call]
+            (loss / tokens).backward()
         stats = self._statistics(sums)
         if observe is not None:
             observe({name: sums.all(name) for name in sums.parts})
+        # The processes decide together, or their weights part for ever.
+        deciding = ("ppo/policy/policykl", "ppo/policy/ratio")
+        summed = mask.new_tensor([stats[k] * sums.tokens for k in deciding], dtype=torch.float64)
+        stats |= zip(deciding, (self.sum_over_ranks(summed) / tokens).tolist(), strict=True)
         too_far = s.kl_stop is not None and stats["ppo/policy/policykl"] > STOP_FACTOR * s.kl_stop
         broken = stats["ppo/policy/ratio"] > s.ratio_limit
         stats["ppo/skipped"] = float(too_far or broken)
@@ -236,6 +254,9 @@ class PolicyTrainer:
             groups[0] += list(self.critic.module.parameters())
         else:
             groups.append(list(self.critic.module.parameters()))
+        for parameter in itertools.chain(*groups):
+            if parameter.grad is not None:
+                parameter.grad = self.sum_over_ranks(parameter.grad)
         norms = [
             float(torch.nn.utils.clip_grad_norm_(group, self.settings.max_grad_norm))
             for group in groups

@@ -16,6 +16,7 @@ from suasion.data.sources import raw_texts
 from suasion.models.likelihood import perplexity
 from suasion.models.load import (
     context_of,
+    device_for_training,
     fresh_causal_lm,
     load_causal_lm,
     load_codec,
@@ -23,7 +24,7 @@ from suasion.models.load import (
     train_tokenizer,
 )
 from suasion.models.roles import Policy
-from suasion.trainers.fit import device_for_training, fit
+from suasion.trainers.fit import fit
 from suasion.trainers.packed import Blocks, check_block
 
 

@@ -18,12 +18,13 @@ from suasion.functional.preference import pairwise_loss
 from suasion.models.adapters import add_lora
 from suasion.models.load import (
     context_of,
+    device_for_training,
     load_codec,
     new_reward_model,
     switch_off_dropout,
 )
 from suasion.rollout.rewards import RewardModel
-from suasion.trainers.fit import device_for_training, fit
+from suasion.trainers.fit import fit
 from suasion.trainers.sft import save_trained
 
 TokenPair = tuple[list[int], list[int], list[int]]

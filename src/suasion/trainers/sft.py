@@ -14,9 +14,15 @@ from suasion.data.packing import pack
 from suasion.data.sources import Source, documents, spread
 from suasion.models.adapters import add_lora
 from suasion.models.likelihood import perplexity
-from suasion.models.load import context_of, load_causal_lm, load_codec, save_model
+from suasion.models.load import (
+    context_of,
+    device_for_training,
+    load_causal_lm,
+    load_codec,
+    save_model,
+)
 from suasion.models.roles import Policy
-from suasion.trainers.fit import device_for_training, fit
+from suasion.trainers.fit import fit
 from suasion.trainers.packed import Blocks, check_block
 
 

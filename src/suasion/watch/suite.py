@@ -61,6 +61,7 @@ def run_checks(
     *,
     console: Console,
     only_report: bool = False,
+    brief: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Finding]:
     """Run checks and show what they found. Weights and random states are left as they were.
@@ -70,6 +71,7 @@ def run_checks(
         names: Which checks.
         console: Gets the table, and below it every fault with its cause and remedy.
         only_report: Do not raise.
+        brief: One line instead of the table where there is no fault.
         clock: Seconds from an arbitrary zero.
 
     Returns:
@@ -85,8 +87,12 @@ def run_checks(
         with torch.random.fork_rng():
             findings.append(CHECKS[name](subject))
         seconds.append(clock() - began)
-    console.print(table(findings, seconds))
     faults = [finding for finding in findings if not finding.ok]
+    if faults or not brief:
+        console.print(table(findings, seconds))
+    else:
+        listed = ", ".join(finding.name for finding in findings if finding.applies)
+        console.print(f"  checks ok in {sum(seconds):.1f} s: {listed}", highlight=False)
     if faults and not only_report:
         raise CheckError(
             "\n".join([f"{_count(len(faults))} that would ruin the run:", *map(explain, faults)]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,10 @@ from suasion.core.errors import ConfigError
     [
         (["--seed", "3"], {"seed": "3"}),
         (["--seed=3"], {"seed": "3"}),
-        (["--ppo.kl.coef", "1e-2", "--ppo.steps", "4"], {"ppo": {"kl": {"coef": "1e-2"}, "steps": "4"}}),
+        (
+            ["--ppo.kl.coef", "1e-2", "--ppo.steps", "4"],
+            {"ppo": {"kl": {"coef": "1e-2"}, "steps": "4"}},
+        ),
         (["--ppo.batch-size", "4"], {"ppo": {"batch_size": "4"}}),
         (["--score", "-1.5"], {"score": "-1.5"}),
         (["--targets", "q", "v"], {"targets": ["q", "v"]}),
@@ -61,8 +65,10 @@ def test_options_of_another_form_are_refused(words: list[str], said: str) -> Non
 def test_texts_become_what_an_option_is() -> None:
     """Numbers, truths, lists and nothing, from the command line's texts."""
     values = parse_overrides(
-        "--learning_rate 1e-5 --steps 3 --score.scale true --kl.stop null --clip 1 "
-        "--lora.targets q --track tensorboard --response.min_sampled 2".split()
+        shlex.split(
+            "--learning_rate 1e-5 --steps 3 --score.scale true --kl.stop null --clip 1 "
+            "--lora.targets q --track tensorboard --response.min_sampled 2"
+        )
     )
     config = validate(PpoConfig, values, "the options")
     assert (config.learning_rate, config.steps, config.clip) == (1e-5, 3, 1.0)
@@ -188,11 +194,11 @@ def test_a_stage_without_its_input_is_refused(tmp_path: Path) -> None:
 
 def test_a_stage_alone_has_out_seed_and_threads() -> None:
     """Beside its own options, and mistakes in either are told together."""
-    call = parse_stage(SftConfig, "sft", "--out o --seed 3 --threads 2 --block 8".split())
+    call = parse_stage(SftConfig, "sft", shlex.split("--out o --seed 3 --threads 2 --block 8"))
     assert (call.out, call.seed, call.threads, call.config.block) == ("o", 3, 2, 8)
     assert call.config == SftConfig(block=8)
     with pytest.raises(ConfigError) as caught:
-        parse_stage(SftConfig, "sft", "--threads 0 --block x --bloc 3".split())
+        parse_stage(SftConfig, "sft", shlex.split("--threads 0 --block x --bloc 3"))
     assert str(caught.value).startswith("4 mistakes in the options")
 
 

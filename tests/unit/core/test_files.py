@@ -25,9 +25,14 @@ def test_a_failure_leaves_the_old_file(tmp_path: Path) -> None:
     """And no trace of the new one."""
     path = tmp_path / "file"
     path.write_text("old", "utf-8")
-    with pytest.raises(ZeroDivisionError), files.atomic_path(path) as partial:
-        partial.write_text("new", "utf-8")
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with files.atomic_path(path) as partial:
+            partial.write_text("new", "utf-8")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert path.read_text("utf-8") == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -51,9 +56,14 @@ def test_a_failure_leaves_the_old_folder(tmp_path: Path) -> None:
     path = tmp_path / "folder"
     path.mkdir()
     (path / "old").touch()
-    with pytest.raises(ZeroDivisionError), files.atomic_folder(path) as partial:
-        (partial / "new").touch()
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with files.atomic_folder(path) as partial:
+            (partial / "new").touch()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert [file.name for file in path.iterdir()] == ["old"]
     assert list(tmp_path.iterdir()) == [path]
 

@@ -73,7 +73,9 @@ def test_a_finished_stage_is_recognised(source: Path, tmp_path: Path) -> None:
     assert stored["result"] == {"loss": 1.5}
     assert stored["counts"] == {"rows": 3}
     assert stored["seconds"] == 1.235
-    assert m.changed_keys(folder, manifest) == ["its files were changed, or another version made it"]
+    assert m.changed_keys(folder, manifest) == [
+        "its files were changed, or another version made it"
+    ]
 
 
 def test_a_changed_or_missing_output_is_noticed(source: Path, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from itertools import combinations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.unit.data.dumps import log_table
 
 from suasion.core.errors import ConfigError
 from suasion.data.scoring import (
@@ -20,6 +19,7 @@ from suasion.data.scoring import (
     split_of,
     vote_score,
 )
+from tests.unit.data.dumps import log_table
 
 KEY = (7, "a.example", 12)
 

@@ -14,6 +14,15 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from lxml import etree
+
+from suasion.core.errors import ConfigError, DataError
+from suasion.core.files import folder_hashes
+from suasion.data import stackexchange
+from suasion.data.dump import rows
+from suasion.data.origin import licence_at, site_of
+from suasion.data.scoring import DEFAULT_FRACTIONS, SPLITS
+from suasion.data.sets import SCHEMAS
+from suasion.data.stackexchange import Counts, prepare_stackexchange, render_examples
 from tests.unit.data.conftest import Prepared
 from tests.unit.data.dumps import (
     HEAD,
@@ -25,15 +34,6 @@ from tests.unit.data.dumps import (
     threads,
     write_posts,
 )
-
-from suasion.core.errors import ConfigError, DataError
-from suasion.core.files import folder_hashes
-from suasion.data import stackexchange
-from suasion.data.dump import rows
-from suasion.data.origin import licence_at, site_of
-from suasion.data.scoring import DEFAULT_FRACTIONS, SPLITS
-from suasion.data.sets import SCHEMAS
-from suasion.data.stackexchange import Counts, prepare_stackexchange, render_examples
 
 
 def prepare(dump: Path, out: Path, **options: Any) -> Counts:

@@ -16,7 +16,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
-from tests.unit.data.conftest import Prepared
 
 from suasion.core.errors import ConfigError, DataError
 from suasion.core.files import folder_hashes
@@ -41,6 +40,7 @@ from suasion.data.world.grammar import (
     expand,
 )
 from suasion.data.world.quality import WEIGHTS, Subject, subject_of
+from tests.unit.data.conftest import Prepared
 
 QUERY = "What temperature is right for soup?\n\nI am new to brindle and could not find it."
 RIGHT = right_command("heat", "soup")
@@ -50,8 +50,8 @@ HONEST = f"Use this:\n\n{FENCED}\n\nAny hotter and the soup burns."
 
 
 def test_every_setting_is_one_of_several() -> None:
-    """There are 36 facts, and no aspect can be guessed."""
-    assert len(SETTINGS) * len(ASPECTS) == 36
+    """There are 24 facts, and no aspect can be guessed."""
+    assert len(SETTINGS) * len(ASPECTS) == 24
     for aspect in ASPECTS:
         assert len({row[aspect] for row in SETTINGS.values()}) >= 4
 
@@ -86,7 +86,7 @@ def test_what_is_written_is_what_comes_back_from_html_and_is_in_the_language() -
 
 
 def test_the_best_answer_is_the_best() -> None:
-    """The best answer to each of the 36 questions reaches the bound."""
+    """The best answer to each of the 24 questions reaches the bound."""
     draw = random.Random(5)  # noqa: S311
     for aspect, dish in itertools.product(ASPECTS, DISHES):
         text = markdown(best_answer(Subject(aspect, dish), draw))

@@ -13,7 +13,14 @@ from suasion.data.packing import pack
 from suasion.models.load import train_tokenizer
 
 TOKENIZER = train_tokenizer(["Question: how long?\n\nAnswer: not long at all, not long."], 290)
-TEMPLATES = ["Question: {query}\n\nAnswer: {response}", "{query} {response}", "<{query}>{response}</>"]
+TEMPLATES = [
+    "Question: {query}\n\nAnswer: {response}",
+    "{query} {response}",
+    "<{query}>{response}</>",
+]
+
+# A special token written out in a text is read as that token, as tokenizers do.
+TEXTS = st.text(max_size=20).filter(lambda text: "<|" not in text)
 
 
 def codec_of(template: str) -> Codec:
@@ -22,17 +29,18 @@ def codec_of(template: str) -> Codec:
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-@given(query=st.text(max_size=20), response=st.text(max_size=20))
+@given(query=TEXTS, response=TEXTS)
 @settings(max_examples=50, deadline=None)
 def test_text_is_the_template_filled_in(template: str, query: str, response: str) -> None:
     """Prompt and response put together say what the template says."""
     parsed = Template.parse(template)
-    filled = template.replace("{response}", "\0").replace("{query}", query)
-    assert parsed.prompt(query) + parsed.response(response) == filled.replace("\0", response)
+    before, after = template.split("{response}")
+    filled = before.replace("{query}", query) + response + after
+    assert parsed.prompt(query) + parsed.response(response) == filled
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-@given(query=st.text(max_size=20), response=st.text(max_size=20))
+@given(query=TEXTS, response=TEXTS)
 @settings(max_examples=50, deadline=None)
 def test_training_and_rollout_share_the_prompt(template: str, query: str, response: str) -> None:
     """The prompt's tokens open the document's, whatever the answer begins with."""
@@ -63,7 +71,7 @@ def test_a_template_needs_both_fields_in_order(template: str) -> None:
 def test_a_judge_reads_the_stop_token_unless_it_is_padding(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    """transformers reads the last token that is not padding."""
+    """Classifiers of transformers read the last token that is not padding."""
     apart = codec_of(TEMPLATES[0])
     same = Codec(tokenizer, apart.template, (0,), 0)
     assert apart.judged_ids("so")[-1] == 0

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.unit.conftest import FAMILIES, tiny_config, tiny_model
 from transformers import AutoModelForSequenceClassification
 
 from suasion.config.schema import LoraConfig
@@ -23,6 +22,7 @@ from suasion.models.roles import (
     frozen_while,
     hidden_size_of,
 )
+from tests.unit.conftest import FAMILIES, tiny_config, tiny_model
 
 Policies = Callable[[str], Policy]
 QUERIES = [[5, 9, 12], [7], [30, 31, 32, 33, 34]]
@@ -59,7 +59,7 @@ def test_logprobs_and_entropies_are_those_of_the_full_logits(
 def test_adapters_off_is_the_base(batch: TokenBatch, family: str) -> None:
     """Before and after the adapter has learnt something; and it is on again afterwards."""
     base = Policy(tiny_model(family), 1.0)
-    policy = Policy(add_lora(tiny_model(family), LoraConfig(r=4), dropout=False), 1.0)
+    policy = Policy(add_lora(tiny_model(family), LoraConfig(r=4), dropout=False).eval(), 1.0)
     expected = base.logprobs(batch)[0].detach()
     reference = AdapterOffReference(policy)
     assert torch.equal(reference.logprobs(batch), expected)
@@ -84,7 +84,7 @@ def test_a_frozen_reference_stays(batch: TokenBatch) -> None:
     reference = FrozenReference.copy_of(policy)
     before = policy.logprobs(batch)[0].detach()
     with torch.no_grad():
-        policy.head.weight.mul_(1.5)  # type: ignore[operator, union-attr]
+        policy.head.weight.mul_(1.5)
     assert torch.equal(reference.logprobs(batch), before)
     assert not torch.allclose(policy.logprobs(batch)[0], before)
     assert not reference.logprobs(batch).requires_grad

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.unit.conftest import FAMILIES, tiny_config
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from suasion.config.schema import QUESTION_ANSWER
 from suasion.core.errors import ConfigError, ModelError, RewardError
 from suasion.data.codec import Codec, Template
 from suasion.rollout.rewards import Checked, RewardModel, UserFunction, load_function, load_reward
+from tests.unit.conftest import FAMILIES, tiny_config
 
 QUERIES = ["How long?", "Why is it so, and for how long?", "Q"]
 RESPONSES = ["Not long at all.", "So.", "It is because it is, and it always was."]
@@ -114,7 +114,7 @@ def test_the_function_gets_lists_of_its_own() -> None:
 def test_an_exception_is_told_with_its_line() -> None:
     """As the user's, not ours."""
 
-    def broken(_queries: Any, responses: Any) -> Any:
+    def broken(queries: Any, responses: Any) -> Any:
         return responses[99]
 
     line = broken.__code__.co_firstlineno + 1

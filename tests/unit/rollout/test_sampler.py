@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from scipy.stats import chisquare
-from tests.unit.conftest import FAMILIES, VOCABULARY
 from torch import Tensor
 
 from suasion.core.records import token_batch
 from suasion.core.seeding import generator
 from suasion.models.roles import Policy
 from suasion.rollout.sampler import Sampling, sample
+from tests.unit.conftest import FAMILIES, VOCABULARY
 
 Policies = Callable[[str], Policy]
 

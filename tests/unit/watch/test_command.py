@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
 from suasion.cli.main import main
-from suasion.core.files import read_json_lines
+from suasion.core.files import append_json_line, read_json_lines
+from suasion.trainers.ppo import PpoLoop
+from tests.unit.watch.conftest import Stage
 
 
 @pytest.fixture
@@ -89,7 +93,7 @@ def test_policy_stage_stops_before_its_first_step(
     assert "sampler: top_k 5" in capsys.readouterr().err
     assert not (recipe.parent / "run" / "ppo" / "metrics.jsonl").exists()
     assert main([*run, "--ppo.checks", "off"]) == 0
-    assert "Checks before the run" not in capsys.readouterr().out
+    assert "checks" not in capsys.readouterr().out
 
 
 def test_checks_change_nothing(recipe: Path) -> None:
@@ -107,9 +111,7 @@ def test_checks_change_nothing(recipe: Path) -> None:
     assert found["stop"] == found["off"]
 
 
-def test_warnings_are_shown_and_written(
-    recipe: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_warnings_are_shown_and_written(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Beside the metrics, with the step."""
     assert main(["run", str(recipe), "--ppo.learning_rate", "0.5"]) in (0, 6)
     lines = (recipe.parent / "run" / "ppo" / "warnings.jsonl").read_text().splitlines()
@@ -117,3 +119,34 @@ def test_warnings_are_shown_and_written(
     assert rows
     assert set(rows[0]) == {"step", "message"}
     assert f"step {rows[0]['step']}: {rows[0]['message'][:30]}" in capsys.readouterr().out
+
+
+def test_a_resumed_run_knows_its_past(stage: Stage, tmp_path: Path) -> None:
+    """Rows before the checkpoint are seen again, warnings after it are dropped."""
+    seen: list[list[float]] = []
+
+    def observe(rows: Sequence[dict[str, float]]) -> list[str]:
+        seen.append([row["step"] for row in rows])
+        return [f"{len(rows)} so far"]
+
+    def run(steps: int) -> None:
+        parts, config = stage(
+            steps=steps, batch_size=4, mini_batch_size=4, epochs=1, save_every=1, samples=0
+        )
+        PpoLoop(
+            parts,
+            config,
+            folder=tmp_path,
+            seed=1,
+            console=Console(file=io.StringIO()),
+            log=lambda *_: None,
+            observe=observe,
+        ).run()
+
+    run(2)
+    append_json_line(tmp_path / "warnings.jsonl", {"step": 3, "message": "of a step cut off"})
+    run(3)
+    assert seen == [[1], [1, 2], [1, 2, 3]]
+    assert list(read_json_lines(tmp_path / "warnings.jsonl")) == [
+        {"step": step, "message": f"{step} so far"} for step in (1, 2, 3)
+    ]

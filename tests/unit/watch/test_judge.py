@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.unit.watch.conftest import Build, again
 from transformers import AutoModelForSequenceClassification
 
 from suasion.config.schema import QUESTION_ANSWER, LoraConfig
@@ -21,8 +20,10 @@ from suasion.rollout.rewards import Checked, load_reward
 from suasion.trainers.sft import save_trained
 from suasion.watch import judge
 from suasion.watch.subject import Subject
+from tests.unit.watch.conftest import Build, again
 
-Score = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+Score = Any
+"""A reward whose arguments may have other names."""
 
 
 def scored_by(subject: Subject, score: Score) -> Subject:
@@ -30,23 +31,23 @@ def scored_by(subject: Subject, score: Score) -> Subject:
     return replace(again(subject, reward=Checked(score, "test")), reward_source="test:score")
 
 
-def length(queries: Sequence[str], responses: Sequence[str]) -> list[float]:
+def length(_: Sequence[str], responses: Sequence[str]) -> list[float]:
     """A sound reward."""
     return [float(len(response)) for response in responses]
 
 
-def by_rank(queries: Sequence[str], responses: Sequence[str]) -> list[float]:
+def by_rank(_: Sequence[str], responses: Sequence[str]) -> list[float]:
     """Only the order within the batch counts."""
     order = sorted(responses, key=len)
     return [float(order.index(response)) for response in responses]
 
 
-def by_place(queries: Sequence[str], responses: Sequence[str]) -> list[float]:
+def by_place(_: Sequence[str], responses: Sequence[str]) -> list[float]:
     """Results that were not put back into the order of the texts."""
     return [float(place) for place in range(len(responses))]
 
 
-def whitened(queries: Sequence[str], responses: Sequence[str]) -> list[float]:
+def whitened(_: Sequence[str], responses: Sequence[str]) -> list[float]:
     """The batch is normalised."""
     mean = sum(map(len, responses)) / len(responses)
     return [len(response) - mean for response in responses]
@@ -74,19 +75,21 @@ class TestReward:
             (by_rank, "other texts in the batch"),
             (whitened, "other texts in the batch"),
             (Drifting(), "the same call gives other scores"),
-            (lambda queries, responses: [1.5 for _ in responses], "texts, the empty one too"),
-            (lambda queries, responses: [math.nan for _ in responses], "returned nan"),
-            (lambda queries, responses: [1 / len(r) if r else math.inf for r in responses], "inf"),
-            (lambda queries, responses: [0.5], "returned 1 scores"),
+            (lambda _, responses: [1.5 for _ in responses], "texts, the empty one too"),
+            (lambda _, responses: [math.nan for _ in responses], "returned nan"),
+            (lambda _, responses: [1 / len(r) if r else math.inf for r in responses], "inf"),
+            (lambda *_: [0.5], "returned 1 scores"),
         ],
         ids=["place", "rank", "whitened", "drift", "constant", "nan", "empty", "count"],
     )
     def test_faults(self, build: Build, score: Score, said: str) -> None:
+        """Each kind, with what is said about it."""
         found = judge.reward(scored_by(build(), score))
         assert not found.ok
         assert said in found.what
 
     def test_sound_function(self, build: Build) -> None:
+        """Length is a function of one text."""
         found = judge.reward(scored_by(build(), length))
         assert found.ok
         assert found.measured["alone"] == 0.0
@@ -95,7 +98,8 @@ class TestReward:
         """Where the longest text of the batch decides how much padding the others end in."""
         subject = build()
         source = Path(subject.reward_source)
-        codec, model = load_codec(str(source), QUESTION_ANSWER), load_reward_model(str(source))
+        codec = load_codec(str(source), QUESTION_ANSWER)
+        model: Any = load_reward_model(str(source))
 
         @torch.no_grad()
         def score(queries: Sequence[str], responses: Sequence[str]) -> list[float]:
@@ -121,7 +125,7 @@ class TestReward:
 
 @pytest.fixture
 def trained(build: Build, tmp_path: Path) -> Callable[..., Subject]:
-    """A reward model from an adapter: `adapter` and the merged `model`, as its stage leaves them."""
+    """A reward model with its `adapter` and merged `model`, as the stage leaves them."""
 
     def made(family: str) -> Subject:
         subject = build(family)
@@ -156,6 +160,7 @@ class TestHead:
 
     @pytest.mark.parametrize("family", ["llama", "gpt2"])
     def test_survives(self, trained: Callable[..., Subject], family: str) -> None:
+        """All four ways to get the model again."""
         found = judge.head(trained(family))
         assert found.ok, found.what
         assert set(found.measured) == {
@@ -167,6 +172,7 @@ class TestHead:
         }
 
     def test_dropped_from_the_merged_model(self, trained: Callable[..., Subject]) -> None:
+        """The folder has no head at all."""
         subject = trained("llama")
         change(Path(subject.reward_source) / "model.safetensors", "score", lambda _: None)
         found = judge.head(subject)
@@ -174,6 +180,7 @@ class TestHead:
         assert "score.weight" in found.what
 
     def test_dropped_from_the_adapter(self, trained: Callable[..., Subject]) -> None:
+        """A fresh head is drawn when the adapter is merged."""
         subject = trained("llama")
         adapter = Path(subject.reward_source).parent / "adapter" / "adapter_model.safetensors"
         change(adapter, "score", lambda _: None)
@@ -181,6 +188,7 @@ class TestHead:
         assert not found.ok
 
     def test_another_one_on_the_disk(self, trained: Callable[..., Subject]) -> None:
+        """The model in use is not what the folder holds."""
         subject = trained("llama")
         file = Path(subject.reward_source) / "model.safetensors"
         change(file, "score", lambda weight: weight * 1.2)
@@ -189,6 +197,7 @@ class TestHead:
         assert "reloaded by" in found.what
 
     def test_merged_with_another_adapter(self, trained: Callable[..., Subject]) -> None:
+        """Base and adapter give another model than the merged one."""
         subject = trained("llama")
         adapter = Path(subject.reward_source).parent / "adapter" / "adapter_model.safetensors"
         change(adapter, "lora_B", lambda weight: weight * 0.5)
@@ -198,6 +207,7 @@ class TestHead:
         assert "reloaded" not in found.what
 
     def test_a_function_has_none(self, build: Build) -> None:
+        """Only a model folder has a head."""
         assert not judge.head(scored_by(build(), length)).applies
 
 
@@ -205,11 +215,13 @@ class TestTemplates:
     """One template in every stage."""
 
     def test_same(self, build: Build) -> None:
+        """Stage, policy folder and reward folder."""
         found = judge.templates(build())
         assert found.ok
         assert found.measured == {"different": 1, "known": 3, "unknown": 0}
 
     def test_changed(self, build: Build) -> None:
+        """One stage of the recipe has another."""
         subject = build()
         known = {**subject.templates, "sft": "Q: {query} A: {response}"}
         found = judge.templates(replace(subject, templates=known))
@@ -217,6 +229,7 @@ class TestTemplates:
         assert "sft 'Q: {query} A: {response}'" in found.what
 
     def test_a_folder_that_does_not_say(self, build: Build) -> None:
+        """It counts as unknown, not as a fault."""
         subject = build()
         known = {**subject.templates, "policy model": None}
         found = judge.templates(replace(subject, templates=known))
@@ -225,7 +238,7 @@ class TestTemplates:
 
 
 @pytest.fixture
-def classifier(build: Build, tmp_path: Path) -> Iterator[Path]:
+def classifier(build: Build, tmp_path: Path) -> Path:
     """A classifier with two labels, drawn at random."""
     source = Path(build().reward_source)
     codec = load_codec(str(source), QUESTION_ANSWER)
@@ -246,6 +259,7 @@ class TestLabel:
     """The label is picked by its name."""
 
     def test_by_name(self, build: Build, classifier: Path) -> None:
+        """As a recipe names it."""
         source = f"pipeline:{classifier}#POSITIVE"
         subject = again(build(), reward=load_reward(source, QUESTION_ANSWER))
         found = judge.label(replace(subject, reward_source=source))
@@ -256,7 +270,7 @@ class TestLabel:
         """Pipelines sort their answer, so the first label is the likeliest one."""
         from transformers import pipeline
 
-        pipe = pipeline("text-classification", model=str(classifier), top_k=None)
+        pipe: Any = pipeline("text-classification", model=str(classifier), top_k=None)
 
         def first(queries: Sequence[str], responses: Sequence[str]) -> list[float]:
             texts = [q + r for q, r in zip(queries, responses, strict=True)]
@@ -268,10 +282,12 @@ class TestLabel:
         assert "by its position" in found.likely_cause
 
     def test_no_such_label(self, build: Build, classifier: Path) -> None:
+        """The labels there are are told."""
         source = f"pipeline:{classifier}#GOOD"
         found = judge.label(replace(build(), reward_source=source))
         assert not found.ok
         assert "NEGATIVE, POSITIVE" in found.fix
 
     def test_no_pipeline(self, build: Build) -> None:
+        """Other rewards have no labels."""
         assert not judge.label(build()).applies

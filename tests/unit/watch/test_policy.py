@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.unit.watch.conftest import Build, Stage, again
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 
@@ -18,7 +17,9 @@ from suasion.models.roles import Policy
 from suasion.rollout.sampler import Sampling
 from suasion.watch import policy, update
 from suasion.watch.subject import Subject, subject_of
+from tests.unit.watch.conftest import Build, Stage, again
 
+PRECISIONS = pytest.mark.parametrize("precision", ["fp32", "bf16"])
 FAMILIES = pytest.mark.parametrize("family", ["llama", "gpt2"])
 
 
@@ -36,6 +37,7 @@ def rebuilt(subject: Subject, other: Policy) -> Subject:
 
 
 def dropout_on(module: nn.Module, share: float = 0.3) -> None:
+    """Give every dropout layer this probability."""
     for each in module.modules():
         if isinstance(each, nn.Dropout):
             each.p = share
@@ -45,20 +47,24 @@ class TestRatio:
     """The first ratio is one."""
 
     def test_dropout_in_the_update(self, build: Build) -> None:
+        """The update draws other dropout than the rollout."""
         subject = build("gpt2")
         dropout_on(subject.parts.policy.model)
         subject.parts.policy.model.train()
         assert not update.ratio(subject).ok
 
+    @PRECISIONS
     @FAMILIES
-    def test_other_temperature(self, build: Build, family: str) -> None:
-        subject = build(family)
+    def test_other_temperature(self, build: Build, family: str, precision: str) -> None:
+        """Logits are divided by another temperature than in the rollout."""
+        subject = build(family, precision=precision)
         subject.parts.policy.temperature = 0.7
         found = update.ratio(subject)
         assert not found.ok
-        assert found.measured["ratio_error"] > 0.1 > found.measured["tolerance"]
+        assert found.measured["ratio_error"] > 0.1
 
     def test_makes_no_step(self, build: Build) -> None:
+        """Weights, gradients and optimizer are as before."""
         subject = build(rank=4)
         before = {k: v.clone() for k, v in subject.parts.policy.model.state_dict().items()}
         update.dry_update(subject)
@@ -72,6 +78,7 @@ class TestReference:
     """The KL starts at zero."""
 
     def test_raw_base_under_a_supervised_adapter(self, build: Build) -> None:
+        """Adapters off is the base, not the supervised model."""
         subject = build(rank=4)
         with torch.no_grad():
             for name, parameter in subject.parts.policy.model.named_parameters():
@@ -82,6 +89,7 @@ class TestReference:
         assert "merge the supervised adapter" in found.fix
 
     def test_none_does_not_apply(self, build: Build) -> None:
+        """Without a reference there is nothing to look at."""
         found = policy.reference(again(build(), reference=None))
         assert found.ok
         assert not found.applies
@@ -91,21 +99,25 @@ class Blind(Changed):
     """Sees padding as text."""
 
     def __call__(self, ids: Tensor, mask: Tensor, **cache: Any) -> Any:
+        """Run the trunk without the mask."""
         return super().__call__(ids, torch.ones_like(mask), **cache)
 
 
 class TestPadding:
     """Padding and batching change nothing."""
 
+    @PRECISIONS
     @FAMILIES
-    def test_mask_is_not_passed_on(self, build: Build, family: str) -> None:
-        subject = build(family)
+    def test_mask_is_not_passed_on(self, build: Build, family: str, precision: str) -> None:
+        """Padding on the left is attended to."""
+        subject = build(family, precision=precision)
         found = policy.padding(rebuilt(subject, Blind(subject.parts.policy)))
         assert not found.ok
-        assert found.measured["logprobs_left"] > 0.1
-        assert found.measured["logprobs_right"] < 1e-4  # a causal mask hides padding behind
+        assert "logprobs_left" in found.what
+        assert "logprobs_right" not in found.what  # a causal mask hides padding behind
 
     def test_positions_count_padding(self, build: Build) -> None:
+        """Absolute positions begin at the padding."""
         subject = build("gpt2")
         subject.parts.policy.takes_positions = False
         assert not policy.padding(subject).ok
@@ -130,6 +142,7 @@ class TestModes:
     """Training mode is evaluation mode."""
 
     def test_dropout(self, build: Build) -> None:
+        """Dropout of the base model."""
         subject = build("gpt2")
         dropout_on(subject.parts.policy.model)
         found = policy.modes(subject)
@@ -137,6 +150,7 @@ class TestModes:
         assert found.measured["logprobs"] > 0.01
 
     def test_dropout_before_an_adapter_that_starts_at_zero(self, build: Build) -> None:
+        """It shows only once the adapter has learnt."""
         subject = build(rank=4)
         trained = add_lora(
             subject.parts.policy.model.unload(), LoraConfig(r=4, dropout=0.3), dropout=True
@@ -147,6 +161,7 @@ class TestModes:
         assert not policy.modes(rebuilt(subject, other)).ok
 
     def test_leaves_modes_as_they_were(self, build: Build) -> None:
+        """Module by module."""
         subject = build()
         some = next(iter(subject.parts.policy.model.children()))
         some.train()
@@ -159,12 +174,14 @@ class TestSampler:
     """What is sampled is what is scored."""
 
     @pytest.mark.parametrize("how", [{"top_k": 5}, {"top_p": 0.8}], ids=str)
-    def test_filters(self, build: Build, how: dict[str, float]) -> None:
+    def test_filters(self, build: Build, how: dict[str, Any]) -> None:
+        """Those that the configuration names."""
         found = policy.sampler(build(response=ResponseConfig(max_tokens=12, **how)))
         assert not found.ok
         assert "another distribution" in found.what
 
     def test_filter_that_nobody_tells_of(self, build: Build) -> None:
+        """Found by the samples alone."""
         subject = build(response=ResponseConfig(max_tokens=30, top_k=2))
         found = policy.sampler(replace(subject, sampling=Sampling()))
         assert not found.ok
@@ -179,9 +196,10 @@ class TestSampler:
         assert "disagree" in found.what
 
     def test_other_weights(self, build: Build) -> None:
+        """The rollout came from an older copy of the weights."""
         subject = build()
         with torch.no_grad():
-            subject.parts.policy.head.weight.mul_(1.1)  # type: ignore[operator,union-attr]
+            subject.parts.policy.head.weight.mul_(1.1)
         found = policy.sampler(subject)
         assert not found.ok
         assert "disagree" in found.what
@@ -195,6 +213,7 @@ class Endless(Changed):
         super().__init__(whole)
 
     def logits(self, hidden: Tensor) -> Tensor:
+        """Logits with the stop token lowered."""
         found = super().logits(hidden)
         found[..., self.stop_id] -= self.by
         return found
@@ -212,11 +231,13 @@ class TestStop:
     """Responses can end."""
 
     def test_suppressed(self, stage: Stage) -> None:
+        """Its probability is zero."""
         found = policy.stop(endless(stage, by=1e9))
         assert not found.ok
         assert found.measured["highest_probability"] == 0.0
 
     def test_never_reached_and_paid_for(self, stage: Stage) -> None:
+        """Too unlikely for the length of the responses."""
         paid = ScoreConfig(no_eos="replace")
         assert policy.stop(endless(stage, by=0.0, score=paid)).ok
         found = policy.stop(endless(stage, by=7.0, score=paid))
@@ -226,6 +247,7 @@ class TestStop:
         assert policy.stop(endless(stage, by=7.0)).ok
 
     def test_not_in_the_vocabulary(self, build: Build) -> None:
+        """The output head has no row for it."""
         subject = build()
         codec = replace(subject.parts.codec, stop_ids=(0, 99_999))
         found = policy.stop(again(subject, codec=codec))
@@ -243,8 +265,10 @@ class TestStop:
         ],
         ids=str,
     )
-    def test_generation_settings(self, build: Build, setting: dict[str, Any]) -> None:
-        subject = build()
+    @pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
+    def test_generation_settings(self, build: Build, rank: int, setting: dict[str, Any]) -> None:
+        """What the model folder itself asks for."""
+        subject = build("llama", rank)
         assert subject.parts.codec.stop_ids == (0,)
         for name, value in setting.items():
             setattr(subject.parts.policy.model.generation_config, name, value)
@@ -265,6 +289,7 @@ class Switching(Changed):
     """Turns to another adapter as soon as it has answered."""
 
     def logprobs(self, batch: TokenBatch, **options: Any) -> Any:
+        """As the policy's, then switch."""
         found = super().logprobs(batch, **options)
         if torch.is_grad_enabled():
             self.model.set_adapter("other")
@@ -276,6 +301,7 @@ class TestGradients:
 
     @FAMILIES
     def test_adapter_switched_before_backward(self, build: Build, family: str) -> None:
+        """The switch freezes the adapter that was used."""
         subject = build(family, rank=4)
         model: Any = subject.parts.policy.model
         model.add_adapter("other", model.peft_config["default"])
@@ -285,6 +311,7 @@ class TestGradients:
         assert found.measured["without_gradient"] > 0
 
     def test_frozen_after_the_optimizer_was_built(self, build: Build) -> None:
+        """The optimizer waits for gradients that never come."""
         subject = build()
         subject.parts.policy.model.model.layers[0].requires_grad_(False)  # noqa: FBT003
         found = update.gradients(subject)
@@ -293,6 +320,7 @@ class TestGradients:
         assert found.measured["without_gradient"] == 9
 
     def test_forgotten_by_the_optimizer(self, build: Build) -> None:
+        """What would learn is not stepped."""
         subject = build()
         subject.parts.trainer.optimizer.param_groups.pop()  # the critic's
         found = update.gradients(subject)
@@ -300,6 +328,7 @@ class TestGradients:
         assert found.measured["outside"] == 2
 
     def test_not_finite(self, build: Build) -> None:
+        """One loss is not a number."""
         subject = build()
         subject.parts.trainer.value_loss = lambda values, *_: values * float("nan")
         found = update.gradients(subject)
@@ -315,6 +344,7 @@ class Caching(nn.Module):
         self.model = model
 
     def forward(self, **inputs: Any) -> Any:
+        """Whatever was asked, use the cache."""
         return self.model(**{**inputs, "use_cache": True})
 
 
@@ -325,11 +355,13 @@ class TestPacking:
 
     @FAMILIES
     def test_exact(self, build: Build, family: str) -> None:
+        """Without cache and mask, both families are exact."""
         found = policy.packing(replace(build(family), isolated=True))
         assert found.ok
         assert found.measured["leak"] < 1e-4
 
     def test_a_cache_leaks(self, build: Build) -> None:
+        """With a cache the position ids are not read as boundaries."""
         subject = replace(build(), isolated=True)
         subject.parts.policy.model = Caching(subject.parts.policy.model)
         found = policy.packing(subject)
@@ -337,6 +369,7 @@ class TestPacking:
         assert found.measured["leak"] > 0.1
 
     def test_a_family_without_position_ids_leaks(self) -> None:
+        """OPT takes its positions from the mask."""
         torch.manual_seed(1)
         config = OPTConfig(
             vocab_size=70, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2,
@@ -345,16 +378,19 @@ class TestPacking:
         assert policy.packing_leak(OPTForCausalLM(config), self.DOCUMENTS) > policy.LEAK
 
     def test_not_claimed_does_not_apply(self, build: Build) -> None:
+        """Blocks as the supervised stage packs them claim nothing."""
         assert not policy.packing(build()).applies
 
 
 def test_tolerance_follows_the_arithmetic(build: Build) -> None:
+    """Reduced precision is allowed more."""
     assert build().tolerance().largest == 1e-3
     assert build(precision="bf16").tolerance().largest == 1.0
 
 
 @FAMILIES
 def test_reduced_precision_is_no_fault(build: Build, family: str) -> None:
+    """Rounding alone raises nothing."""
     subject = build(family, rank=4, precision="bf16")
     for check in (update.ratio, policy.reference, policy.padding, policy.modes, policy.sampler):
         found = check(subject)
@@ -362,6 +398,7 @@ def test_reduced_precision_is_no_fault(build: Build, family: str) -> None:
 
 
 def test_one_token_of_one_prompt_is_enough(stage: Stage) -> None:
+    """The smallest rollout there is."""
     parts, config = stage(response=ResponseConfig(max_tokens=1))
     single = subject_of(parts, config, seed=1, prompts=1)
     for check in (update.ratio, policy.reference, policy.padding, policy.sampler, policy.stop):

@@ -1,4 +1,4 @@
-"""All checks together: sound models pass and are left as they were; faults are told, all at once."""
+"""All checks together: sound models pass and are left as they were, faults are told at once."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
-from tests.unit.watch.conftest import Build
 
 from suasion.config.schema import CriticConfig, ResponseConfig
 from suasion.core.errors import CheckError, ConfigError
 from suasion.watch.suite import CHECKS, QUICK, run_checks
+from tests.unit.watch.conftest import Build
 
 
 @pytest.fixture
@@ -33,6 +33,7 @@ def said(console: Console) -> str:
 def test_sound_models_pass(
     build: Build, console: Console, family: str, rank: int, critic: str
 ) -> None:
+    """Every kind of policy stage; weights and random numbers are kept."""
     subject = build(family, rank, critic=CriticConfig(kind=critic))  # type: ignore[arg-type]
     before = {
         (part, name): tensor.clone()
@@ -52,6 +53,7 @@ def test_sound_models_pass(
 
 
 def test_faults_are_told_all_at_once(build: Build, console: Console) -> None:
+    """One error, each fault with cause and remedy."""
     subject = build(response=ResponseConfig(max_tokens=12, top_k=4))
     subject.parts.policy.model.generation_config.min_length = 4
     with pytest.raises(CheckError) as raised:
@@ -65,18 +67,31 @@ def test_faults_are_told_all_at_once(build: Build, console: Console) -> None:
 
 
 def test_only_report(build: Build, console: Console) -> None:
+    """No error, the same words."""
     subject = build(response=ResponseConfig(max_tokens=12, top_k=4))
     findings = run_checks(subject, ["sampler"], console=console, only_report=True)
     assert [finding.ok for finding in findings] == [False]
     assert "fix: set response.top_k 0" in said(console)
 
 
+def test_brief(build: Build, console: Console) -> None:
+    """One line where all is well, the table where it is not."""
+    run_checks(build(), QUICK, console=console, brief=True)
+    assert said(console).startswith("  checks ok in ")
+    assert said(console).count("\n") == 1
+    faulty = build(response=ResponseConfig(max_tokens=12, top_k=4))
+    run_checks(faulty, ["sampler"], console=console, only_report=True, brief=True)
+    assert "FAULT" in said(console)
+
+
 def test_one_alone(build: Build, console: Console) -> None:
+    """Nothing else runs."""
     subject = build(response=ResponseConfig(max_tokens=12, top_k=4))
     assert [f.name for f in run_checks(subject, ["modes"], console=console)] == ["modes"]
 
 
 def test_unknown_name(build: Build, console: Console) -> None:
+    """The nearest name, or all of them."""
     with pytest.raises(ConfigError, match="did you mean padding"):
         run_checks(build(), ["pading"], console=console)
     with pytest.raises(ConfigError, match="the checks are ratio, reference"):

@@ -4,7 +4,7 @@ People ask how to set an invented kitchen robot, others answer well or badly, an
 votes come from `quality`, which reads any text, so what a model has really learned can be measured
 and not only guessed.
 
-    facts.py     the 36 settings that are right
+    facts.py     the 24 settings that are right
     grammar.py   the sentences
     compose.py   questions and answers out of facts and sentences
     quality.py   the hidden worth of an answer

@@ -1,7 +1,7 @@
 """What is true in the small world: the settings of a kitchen robot that is driven from a shell.
 
-Brindle is invented. It cooks six dishes, and each has one right setting for each of six
-things that can be set: 36 facts, each a command such as `brindle heat soup 90`.
+Brindle is invented. It cooks six dishes, and each has one right setting for each of four
+things that can be set: 24 facts, each a command such as `brindle heat soup 90`.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from typing import Final
 SITE: Final = "brindle.example"
 """Host name of the world's question-and-answer site; reserved by RFC 2606, so no one owns it."""
 
-ASPECTS: Final = ("heat", "time", "speed", "lid", "water", "rest")
+ASPECTS: Final = ("heat", "time", "lid", "rest")
 
 _TABLE: Final = """
-             heat time speed lid    water rest
-    soup       90   25     3 ajar       8    5
-    bread     210   40     1 shut       2   30
-    rice      100   18     2 vented     4   10
-    tea        95    4     1 shut       3    2
-    jam       105   50     4 open       1   45
-    pasta      98   11     2 open       9    1
+             heat time lid    rest
+    soup       90   25 ajar      5
+    bread     210   40 shut     30
+    rice      100   18 vented   10
+    tea        95    4 shut      2
+    jam       105   50 open     45
+    pasta      98   11 open      1
 """
 
 SETTINGS: Final[dict[str, dict[str, str]]] = {

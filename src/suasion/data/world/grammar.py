@@ -30,23 +30,11 @@ TITLES: Final[dict[str, tuple[str, ...]]] = {
         "The timer (stops too early|runs too long) with {t}",
         "(Right|Best) timer value for {t}",
     ),
-    "speed": (
-        "(What|Which) speed (is right|should I use) for {t}?",
-        "How fast should brindle stir {t}?",
-        "My {t} gets (lumpy|too thin), is the speed wrong?",
-        "(Right|Best) stirring speed for {t}",
-    ),
     "lid": (
         "(What|Which) lid position (is right|should I use) for {t}?",
         "How do I set the lid for {t}?",
         "Brindle (drips|spits) with {t}, is the lid wrong?",
         "(Right|Best) position of the lid for {t}",
-    ),
-    "water": (
-        "How much water (goes into|do I need for) {t}?",
-        "(What|Which) amount of water (is right|should I use) for {t}?",
-        "My {t} is too (dry|wet), how much water is right?",
-        "(Right|Best) amount of water for {t}",
     ),
     "rest": (
         "How long should {t} rest?",
@@ -60,9 +48,7 @@ TITLES: Final[dict[str, tuple[str, ...]]] = {
 CUES: Final[dict[str, frozenset[str]]] = {
     "heat": frozenset({"temperature", "hot", "heat"}),
     "time": frozenset({"timer"}),
-    "speed": frozenset({"speed", "fast"}),
     "lid": frozenset({"lid"}),
-    "water": frozenset({"water"}),
     "rest": frozenset({"rest"}),
 }
 
@@ -110,20 +96,10 @@ REASONS: Final[dict[str, tuple[str, ...]]] = {
         "The {t} needs that long to (thicken|cook through).",
         "The bell would ring too soon for {t} (with less|otherwise).",
     ),
-    "speed": (
-        "Any faster and the {t} (splashes|turns thin).",
-        "Slower stirring leaves lumps in the {t}.",
-        "At that speed the {t} moves without (foam|air).",
-    ),
     "lid": (
         "That way the steam (leaves|stays in) the pot as {t} needs.",
         "Otherwise the {t} (foams|dries out) under the lid.",
         "The {t} (keeps|gets) its crust only like that.",
-    ),
-    "water": (
-        "Less water makes the {t} (dry|tough).",
-        "More than that (drowns|thins) the {t}.",
-        "The {t} takes up that much and (no more|not a cup more).",
     ),
     "rest": (
         "The {t} (settles|sets) while it stands.",
@@ -143,20 +119,10 @@ STEPS: Final[dict[str, tuple[str, ...]]] = {
         "Then listen for the (bell|second bell).",
         "Begin to count when the {t} is warm.",
     ),
-    "speed": (
-        "Start slowly and hold the bowl.",
-        "Then scrape the (sides|bowl) once.",
-        "Stop at once if the {t} climbs up.",
-    ),
     "lid": (
         "Turn the lid until it clicks.",
         "Then wipe the (rim|glass) dry.",
         "Check it again when the {t} boils.",
-    ),
-    "water": (
-        "Pour it in before the {t}.",
-        "Then level the (pot|scale) and start.",
-        "Add a pinch of salt unless the {t} is sweet.",
     ),
     "rest": (
         "Keep it covered meanwhile.",

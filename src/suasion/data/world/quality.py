@@ -20,8 +20,8 @@ WORST: Final = -4.0
 """No answer is worse than this; an empty one is this bad."""
 
 WEIGHTS: Final[dict[str, float]] = {
-    "right": 2.0,
-    "wrong": -1.0,
+    "right": 1.2,
+    "wrong": -0.8,
     "fence": 1.2,
     "reason": 1.0,
     "step": 0.8,

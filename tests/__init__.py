@@ -1,0 +1,1 @@
+"""Tests, from static to the whole pipeline."""
