@@ -6,6 +6,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -70,8 +71,7 @@ def interrupted(suasion: Commands, tmp_path_factory: pytest.TempPathFactory) -> 
     for stage in (*STAGES, ""):
         running = suasion.start("demo", "--out", out, *TINY)
         if stage:
-            moment = MOMENTS[stage]
-            outcome = running.stop(signal.SIGKILL, when=lambda s=stage, m=moment: m(out / s))
+            outcome = running.stop(signal.SIGKILL, when=partial(MOMENTS[stage], out / stage))
             assert outcome.code == -signal.SIGKILL, outcome
             assert not (out / stage / "manifest.json").exists(), f"{stage} was too fast to kill"
         else:

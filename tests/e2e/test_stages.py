@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -67,7 +68,7 @@ def test_adapters_end_in_a_plain_model(
     model = demo / "sft" / "model"
     inputs = ("--model", model, "--data", demo / "prepare", "--out", tmp_path / "out")
     suasion.done(stage, *inputs, *FIT, "--lora.r", 4, "--learning_rate", "1e-2")
-    auto = AutoModelForCausalLM if stage == "sft" else AutoModelForSequenceClassification
+    auto: Any = AutoModelForCausalLM if stage == "sft" else AutoModelForSequenceClassification
     loaded, report = auto.from_pretrained(tmp_path / "out" / "model", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]

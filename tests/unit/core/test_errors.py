@@ -8,7 +8,7 @@ import torch
 from suasion.core import errors
 from suasion.core.seeding import generator, seed_of
 
-CODES = {
+CODES: dict[type[errors.SuasionError], int] = {
     errors.SuasionError: 1,
     errors.ConfigError: 2,
     errors.DataError: 3,
@@ -28,7 +28,10 @@ def test_each_error_has_its_exit_code(kind: type[errors.SuasionError]) -> None:
 
 def test_exit_codes_differ() -> None:
     """Each class has its own, and the table in the docstring has it too."""
-    kinds = [errors.SuasionError, *errors.SuasionError.__subclasses__()]
+    kinds: list[type[errors.SuasionError]] = [
+        errors.SuasionError,
+        *errors.SuasionError.__subclasses__(),
+    ]
     assert len({kind.exit_code for kind in kinds}) == len(kinds)
     for kind in kinds[1:]:
         assert f"exit code {kind.exit_code}" in str(errors.__doc__)

@@ -10,6 +10,7 @@ import pytest
 
 from suasion.core import manifest as m
 from suasion.core.errors import ConfigError, StorageError
+from suasion.core.files import PARTIAL
 
 CONFIG = {"rate": 0.1, "inner": {"kind": "x", "list": [1, 2]}, "data": "in.txt"}
 
@@ -32,7 +33,7 @@ def finish(folder: Path, manifest: m.Manifest) -> dict[str, Any]:
     assert not m.claim(folder, manifest)
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "state").touch()
-    (folder / f"half{m.PARTIAL}").touch()
+    (folder / f"half{PARTIAL}").touch()
     (folder / "result").write_text("result", "utf-8")
     return m.complete(folder, manifest, {"loss": 1.5, "counts": {"rows": 3}}, 1.23456)
 

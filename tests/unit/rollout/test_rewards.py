@@ -115,7 +115,7 @@ def test_an_exception_is_told_with_its_line() -> None:
     """As the user's, not ours."""
 
     def broken(queries: Any, responses: Any) -> Any:
-        return responses[99]
+        return responses[len(queries)]
 
     line = broken.__code__.co_firstlineno + 1
     where = rf"reward my:r failed at .*test_rewards\.py, line {line}: IndexError"
