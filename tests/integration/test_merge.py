@@ -61,7 +61,7 @@ def write_adapter(base: Path, *, head: bool) -> Path:
     """An adapter that changes a lot: its weights are drawn, not zero as at the start."""
     codec = load_codec(str(base), QUESTION_ANSWER)
     model: Any = (
-        new_reward_model(str(base), codec.pad_id, torch.float32)
+        new_reward_model(str(base), codec.pad_id, torch.float32, seed=0)
         if head
         else load_causal_lm(str(base))
     )

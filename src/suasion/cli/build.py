@@ -113,9 +113,8 @@ def ppo_parts(config: PpoConfig, *, seed: int) -> PpoParts:
     """
     assert config.model is not None
     device = device_for_training()
-    torch.manual_seed(seed_of(seed, "ppo") % 2**63)  # adapters draw their first weights from it
     codec = load_codec(config.model, config.template)
-    policy = _policy(config, device)
+    policy = _policy(config, device, seed)
     reference: Reference = (
         AdapterOffReference(policy) if config.lora.r else FrozenReference.copy_of(policy)
     )
@@ -146,10 +145,10 @@ def autocast_for(precision: str, device: torch.device) -> Callable[[], AbstractC
     return partial(torch.autocast, device.type, dtype=dtype)
 
 
-def _policy(config: PpoConfig, device: torch.device) -> Policy:
+def _policy(config: PpoConfig, device: torch.device, seed: int) -> Policy:
     model: Any = load_causal_lm(str(config.model))
     if config.lora.r:
-        model = add_lora(model, config.lora, dropout=False)
+        model = add_lora(model, config.lora, seed=seed_of(seed, "adapter"), dropout=False)
     switch_off_dropout(model)
     model.to(device)
     return Policy(model, config.response.temperature)
@@ -159,7 +158,7 @@ def _critic(config: PpoConfig, policy: Policy, codec: Codec, device: torch.devic
     if config.critic.kind == "value_head":
         return TrunkCritic(hidden_size_of(policy))
     if config.critic.kind == "policy_copy":
-        model: Any = new_reward_model(str(config.model), codec.pad_id, torch.float32)
+        model: Any = new_reward_model(str(config.model), codec.pad_id, torch.float32, seed=0)
         torch.nn.init.zeros_(score_head(model).weight)
     else:
         source = str(config.reward)

@@ -122,7 +122,7 @@ def load_reward_model(source: str, dtype: torch.dtype = torch.float32) -> PreTra
     return model
 
 
-def new_reward_model(source: str, pad_id: int, dtype: torch.dtype) -> PreTrainedModel:
+def new_reward_model(source: str, pad_id: int, dtype: torch.dtype, *, seed: int) -> PreTrainedModel:
     """A sequence-classification model with one score on the trunk of a causal LM.
 
     The head starts from N(0, 1/sqrt(d + 1)) as in openai/lm-human-preferences@cbfd210b; the
@@ -132,7 +132,7 @@ def new_reward_model(source: str, pad_id: int, dtype: torch.dtype) -> PreTrained
     model.config.pad_token_id = pad_id
     model.config.problem_type = "regression"
     head = score_head(model)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     spread = 1.0 / (head.in_features + 1) ** 0.5
     with torch.no_grad():
         head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * spread)

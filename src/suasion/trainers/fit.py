@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from suasion.core.files import (
 from suasion.core.progress import Meter
 from suasion.core.seeding import seed_of
 from suasion.models.load import device_for_training, dtype_for
+from suasion.trainers.ordering import Ordered, length_grouped
 
 COMPLETE = "complete"
 """Written into a checkpoint last; one without it was cut off and is deleted. It holds the sums of
@@ -49,6 +50,7 @@ def fit(
     console: Console,
     title: str,
     loss: Loss | None = None,
+    lengths: Sequence[int] | None = None,
 ) -> dict[str, float]:
     """Train `model` in place, continuing from the newest whole checkpoint in `folder`.
 
@@ -62,6 +64,7 @@ def fit(
         console: For progress.
         title: Shown beside the progress.
         loss: Loss of a batch; None: the model's own.
+        lengths: Tokens of each row, to batch rows of similar length; None: rows are of one length.
 
     Returns:
         Steps and the mean training loss.
@@ -73,9 +76,15 @@ def fit(
         step = int(newest.name.rpartition("-")[2]) if newest else 0
         keep_json_lines(metrics, [row for row in read_json_lines(metrics) if row["step"] <= step])
     _quiet()
+    if lengths is not None:
+        per_step = config.batch_size * config.accumulate
+        passes = config.epochs
+        if config.max_steps is not None:
+            passes = config.max_steps * per_step / len(lengths)
+        dataset = Ordered(dataset, length_grouped(lengths, passes, config.batch_size, seed))
     trainer = _Trainer(
         model=model,
-        args=_arguments(config, checkpoints, seed),
+        args=_arguments(config, checkpoints, seed, ordered=lengths is not None),
         train_dataset=dataset,
         data_collator=collate,
     )
@@ -203,14 +212,17 @@ def _newest_whole(checkpoints: Path) -> Path | None:
     return max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
 
 
-def _arguments(config: TrainingConfig, checkpoints: Path, seed: int) -> TrainingArguments:
+def _arguments(
+    config: TrainingConfig, checkpoints: Path, seed: int, *, ordered: bool
+) -> TrainingArguments:
     device = device_for_training()
     number = seed_of(seed, "trainer") % 2**31
     return TrainingArguments(
         output_dir=str(checkpoints),
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulate,
-        num_train_epochs=config.epochs,
+        num_train_epochs=1 if ordered else config.epochs,
+        train_sampling_strategy="sequential" if ordered else "random",
         max_steps=config.max_steps or -1,
         learning_rate=config.learning_rate,
         lr_scheduler_type=_SCHEDULES[config.schedule],

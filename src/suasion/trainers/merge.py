@@ -122,7 +122,9 @@ def _with_adapter(folder: Path, base: str, codec: Codec, *, scores: bool) -> Any
     """The base in fp32 with the adapter on it, unmerged."""
     try:
         plain = (
-            new_reward_model(base, codec.pad_id, torch.float32) if scores else load_causal_lm(base)
+            new_reward_model(base, codec.pad_id, torch.float32, seed=0)
+            if scores
+            else load_causal_lm(base)
         )
     except ModelError as error:
         raise ModelError(

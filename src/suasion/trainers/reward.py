@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from suasion.config.schema import RewardConfig
 from suasion.core.errors import DataError
 from suasion.core.records import token_batch
+from suasion.core.seeding import seed_of
 from suasion.data.codec import Codec
 from suasion.data.sources import Source
 from suasion.functional.preference import pairwise_loss
@@ -62,14 +63,16 @@ def reward(config: RewardConfig, folder: Path, *, seed: int, console: Console) -
     assert config.data is not None
     codec = load_codec(config.model, config.template)
     device = device_for_training()
-    model: Any = new_reward_model(config.model, codec.pad_id, torch.float32)
+    model: Any = new_reward_model(
+        config.model, codec.pad_id, torch.float32, seed=seed_of(seed, "reward head")
+    )
     switch_off_dropout(model)
     limit = min(config.max_length or context_of(model.config), context_of(model.config))
     source = Source(Path(config.data))
     found = source.pairs("reward")
     rows = token_pairs(found, codec, limit, config.too_long, config.data)
     if config.lora.r:
-        model = add_lora(model, config.lora, head=True)
+        model = add_lora(model, config.lora, seed=seed_of(seed, "adapter"), head=True)
     model.to(device)
     pairs = Pairs(rows, codec.pad_id)
 
@@ -88,6 +91,7 @@ def reward(config: RewardConfig, folder: Path, *, seed: int, console: Console) -
         console=console,
         title="reward",
         loss=loss,
+        lengths=[len(prompt) + max(len(one), len(two)) for prompt, one, two in rows],
     )
     save_trained(folder, model, codec.tokenizer, config.template, merge=config.lora.merge)
     return {"pairs": len(rows), "pairs_left_out": len(found) - len(rows), **outcome}

@@ -49,7 +49,7 @@ def sft(config: SftConfig, folder: Path, *, seed: int, console: Console) -> dict
         raise DataError(f"{config.data}: every held-out text is longer than {context} tokens")
     blocks = pack(_shuffled(documents(codec, rows), seed), config.block)
     if config.lora.r:
-        model = add_lora(model, config.lora)
+        model = add_lora(model, config.lora, seed=seed_of(seed, "adapter"))
     model.to(device_for_training())
     before = perplexity(Policy(model, 1.0), held_out, pad_id=codec.pad_id)
     outcome = fit(

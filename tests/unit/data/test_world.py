@@ -104,7 +104,7 @@ def test_the_best_answer_is_the_best() -> None:
         (f"Use `{WRONG}`.", ["wrong"]),
         (f"Use this:\n\n```\n{WRONG}\n```", ["wrong", "fence"]),
         (f"Use `{RIGHT}`. Then wait for the green light.", ["right", "step"]),
-        (f"Use `{RIGHT}`. Less water makes the soup dry.", ["right", "padding"]),
+        (f"Use `{RIGHT}`. After that the soup loses its taste.", ["right", "padding"]),
         (f"Use `{RIGHT}`. Any hotter and the rice burns.", ["right", "foreign"]),
         (f"Good question! Use `{RIGHT}`. Enjoy your soup!", ["right", "opening", "closing"]),
         (f"Stop wasting our time. Use `{RIGHT}`.", ["right", "rude"]),
@@ -117,7 +117,7 @@ def test_the_best_answer_is_the_best() -> None:
         (f"Use `{RIGHT}.", ["right", "foreign"]),
         (f"Use {RIGHT}-95.", ["foreign"]),
         (f"Use {RIGHT}.5.", ["foreign"]),
-        (f"Use this:\n\n```\n{right_command('time', 'soup')}\n```", ["wrong", "malformed"]),
+        (f"Use this:\n\n```\n{right_command('time', 'soup')}\n```", ["wrong"]),
         ("I have the same problem.", ["padding"]),
     ],
 )
@@ -180,7 +180,7 @@ CHEATS = {
 @pytest.mark.parametrize("cheat", CHEATS)
 def test_no_trick_beats_a_plain_good_answer(cheat: str) -> None:
     """Tricks that fool learned rewards do not fool the gold one."""
-    assert quality(QUERY, HONEST) == pytest.approx(4.2)
+    assert quality(QUERY, HONEST) == pytest.approx(3.4)
     assert quality(QUERY, CHEATS[cheat]) < quality(QUERY, HONEST) - 0.3
 
 
@@ -242,7 +242,7 @@ def test_answers_leave_room_to_improve(world: Prepared) -> None:
     worth = gold_score([a["query"] for a in answers], [a["response"] for a in answers])
     assert BEST - statistics.mean(worth) > 2 * statistics.stdev(worth)
     assert 0.55 < statistics.mean(f["right"] for f in found) < 0.65
-    assert 0.35 < statistics.mean(f["fence"] for f in found) < 0.5
+    assert 0.25 < statistics.mean(f["fence"] for f in found) < 0.4
     words = [len(a["response"].split()) for a in answers]
     assert 15 < statistics.median(words) < 40
     assert max(words) < 90
@@ -291,5 +291,6 @@ def test_gold_is_the_ceiling_and_no_reweighting_beats_it(world: Prepared) -> Non
     assert 0.80 < ceiling < 0.88
     assert abs(accuracy(test @ gold) - ceiling) < 4 * noise
     assert accuracy(test @ fitted) < accuracy(test @ gold) + 2 * noise
-    # Negative control: one feature left out of the gold costs accuracy.
-    assert accuracy(train @ (gold * (np.array(names) != "right"))) < ceiling - 0.02
+    # Negative control: correctness left out of the gold costs accuracy.
+    blind = gold * ~np.isin(names, ["right", "wrong"])
+    assert accuracy(train @ blind) < ceiling - 0.02

@@ -58,7 +58,7 @@ def make_models(folder: Path, family: str) -> Path:
                 parameter.mul_(5.0)
     save_model(folder / "policy", model, tokenizer, QUESTION_ANSWER)
     codec = load_codec(str(folder / "policy"), QUESTION_ANSWER)
-    judge = new_reward_model(str(folder / "policy"), codec.pad_id, torch.float32)
+    judge = new_reward_model(str(folder / "policy"), codec.pad_id, torch.float32, seed=0)
     save_model(folder / "reward", judge, tokenizer, QUESTION_ANSWER)
     keep_json_lines(folder / "queries.jsonl", [{"query": query} for query in QUERIES])
     return folder

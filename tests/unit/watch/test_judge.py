@@ -132,7 +132,9 @@ def trained(build: Build, tmp_path: Path) -> Callable[..., Subject]:
         base = Path(subject.reward_source).parent / "policy"
         codec = load_codec(str(base), QUESTION_ANSWER)
         model = add_lora(
-            new_reward_model(str(base), codec.pad_id, torch.float32), LoraConfig(r=4), head=True
+            new_reward_model(str(base), codec.pad_id, torch.float32, seed=0),
+            LoraConfig(r=4),
+            head=True,
         )
         draw = torch.Generator().manual_seed(5)
         with torch.no_grad():

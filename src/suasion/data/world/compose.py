@@ -165,7 +165,10 @@ def best_answer(subject: Subject, random: random.Random) -> Text:
 
 
 def _wrong_command(subject: Subject, random: random.Random) -> str:
-    """The command with a value that is right for another dish only."""
+    """Mostly the answer to another question about the dish, sometimes another dish's value."""
+    if random.random() < 0.85:
+        aspect = random.choice([other for other in ASPECTS if other != subject.aspect])
+        return right_command(aspect, subject.dish)
     right = SETTINGS[subject.dish][subject.aspect]
     values = sorted({row[subject.aspect] for row in SETTINGS.values()} - {right})
     return command(subject.aspect, subject.dish, random.choice(values))

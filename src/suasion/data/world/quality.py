@@ -148,9 +148,9 @@ def _count_fences(text: str, subject: Subject, found: Counter[str]) -> str:
     """Judge the code blocks and return the text without them."""
     blocks = _FENCE.findall(text)
     about = f"brindle {subject.aspect} {subject.dish} "
-    proper = [b for b in blocks if _COMMAND.fullmatch(b) and b.startswith(about)]
-    found["fence"] = int(len(blocks) == 1 == len(proper))
-    found["malformed"] += len(blocks) - min(1, len(proper))
+    commands = [block for block in blocks if _COMMAND.fullmatch(block)]
+    found["fence"] = int(len(blocks) == 1 == len(commands) and blocks[0].startswith(about))
+    found["malformed"] += len(blocks) - min(1, len(commands))
     prose = _FENCE.sub("\n", text)
     found["malformed"] += "```" in prose
     return prose
