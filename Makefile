@@ -7,13 +7,14 @@ INSTALL := $(RUN) pip install -qq --disable-pip-version-check --no-compile --con
 TORCH := $(shell grep '^torch==' constraints.txt)
 TESTS ?= tests/static tests/unit tests/integration tests/e2e
 
-.PHONY: help demo test check mutants clean
+.PHONY: help demo test check mutants evidence clean
 
 help:
 	@echo "make demo     the whole pipeline on a small world with a known truth, into runs/demo"
 	@echo "make test     every test that a small machine can run"
 	@echo "make check    format, lint, types, layers"
 	@echo "make mutants  change the formulas one by one and see whether a test notices"
+	@echo "make evidence train small policies on known problems, curves into docs/evidence"
 	@echo "make clean    remove .venv and caches; runs stay"
 
 demo: .venv/runtime.stamp
@@ -31,6 +32,9 @@ check: .venv/dev.stamp
 
 mutants: .venv/dev.stamp
 	OMP_NUM_THREADS=1 .venv/bin/python tests/mutation/run.py
+
+evidence: .venv/dev.stamp
+	OMP_NUM_THREADS=1 $(RUN) benchmarks.evidence
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import yaml
+
 from suasion.core.errors import DataError
 from suasion.core.files import read_json, read_json_lines
 from suasion.core.summary import Summary
@@ -45,7 +47,7 @@ class Run:
     """A run folder."""
 
     name: str
-    """The folder's name."""
+    """The report's title or the recipe's name, else the folder's."""
     recipe: str
     """Text of `recipe.yaml`, empty if there is none."""
     summary: Summary
@@ -99,17 +101,32 @@ def load_run(folder: Path) -> Run:
         raise DataError(
             f"{folder}: no stage of a run is in it", "name the folder that was given as --out"
         )
-    recipe = folder / "recipe.yaml"
+    path = folder / "recipe.yaml"
+    recipe = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     saved = folder / "summary.json"
     run = Run(
-        name=folder.resolve().name,
-        recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.exists() else "",
+        name=_title(recipe) or folder.resolve().name,
+        recipe=recipe,
         summary=Summary.read(saved) if saved.exists() else Summary(),
         stages=stages,
         samples=_rows(folder / "ppo" / "samples.jsonl"),
         comparisons=_rows(folder / "evaluate" / "comparisons.jsonl"),
     )
     return Run(**{**vars(run), "summary": _completed(run)})
+
+
+def _title(recipe: str) -> str | None:
+    """What the recipe calls the run; None if it does not say, or is no YAML."""
+    try:
+        values = yaml.safe_load(recipe)
+    except yaml.YAMLError:
+        return None
+    if not isinstance(values, dict):
+        return None
+    report = values.get("report")
+    title = report.get("title") if isinstance(report, dict) else None
+    found = title or values.get("name")
+    return found if isinstance(found, str) else None
 
 
 def _stage(folder: Path, name: str) -> Stage | None:

@@ -1,0 +1,1 @@
+"""Measurements: whether it learns, and how fast it runs."""

@@ -1,0 +1,1 @@
+"""The proof that the policy loop learns, made again by `make evidence`."""
