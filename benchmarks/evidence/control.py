@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from benchmarks.evidence.stage import curve_of, stage_of, tiny_model, word_codec
+from benchmarks.evidence.stage import TEMPLATE, curve_of, stage_of, tiny_model, word_codec
 from suasion.config.schema import CriticConfig, KlConfig, PpoConfig, ResponseConfig
 
 HALF = 8
@@ -21,6 +21,7 @@ LAST = 30
 
 CONFIG = PpoConfig(
     reward="benchmarks.evidence.control:reward",
+    template=TEMPLATE,
     steps=120,
     batch_size=64,
     mini_batch_size=32,

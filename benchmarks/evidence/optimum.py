@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.evidence.stage import curve_of, stage_of, tiny_model, word_codec
+from benchmarks.evidence.stage import TEMPLATE, curve_of, stage_of, tiny_model, word_codec
 from suasion.config.schema import CriticConfig, KlConfig, PpoConfig, ResponseConfig
 from suasion.core.records import token_batch
 from suasion.data.codec import Codec
@@ -36,6 +36,7 @@ WORTH = {
 
 CONFIG = PpoConfig(
     reward="benchmarks.evidence.optimum:reward",
+    template=TEMPLATE,
     steps=150,
     batch_size=512,
     mini_batch_size=512,

@@ -72,7 +72,7 @@ def stage_of(
         model: What the policy and its reference start from.
         codec: Its tokenizer and template.
         queries: Prompts to learn on.
-        config: Everything else; `reward` is the import path of a function.
+        config: Everything else; `reward` is the import path of a function, `template` is TEMPLATE.
         seed: Root of every generator.
     """
     with tempfile.TemporaryDirectory() as scratch:
@@ -84,7 +84,6 @@ def stage_of(
             config,
             model=str(folder / "model"),
             data=str(folder / "queries.jsonl"),
-            template=TEMPLATE,
         )
         (folder / "ppo").mkdir()
         yield PpoLoop(

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.evidence.stage import curve_of, stage_of, tiny_model, word_codec
+from benchmarks.evidence.stage import TEMPLATE, curve_of, stage_of, tiny_model, word_codec
 from suasion.config.schema import CriticConfig, KlConfig, PpoConfig, ResponseConfig
 from suasion.core.records import token_batch
 from suasion.core.seeding import generator, seed_of
@@ -38,6 +38,7 @@ EVALUATED = 32
 
 CONFIG = PpoConfig(
     reward="benchmarks.evidence.walks:reward",
+    template=TEMPLATE,
     steps=40,
     batch_size=128,
     mini_batch_size=32,

@@ -31,7 +31,7 @@ FIRST = [(18, 3, 0), (5, 3, 0), (4, 1, 9, 13, 1, 3, 19, 10, 13, 0)]
 @pytest.fixture(scope="module")
 def cloned() -> Any:
     """A model cloned from the walks."""
-    return walks.clone(seed=1)
+    return walks.clone(seed=1, steps=200)
 
 
 def walk_for(model: Any, steps: int, **changes: Any) -> list[dict[str, float]]:
