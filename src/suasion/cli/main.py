@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that help and mistakes in a recipe answer at 
 from __future__ import annotations
 
 import errno
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -63,8 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    # Before torch is loaded: its threads else spin while they wait for each other, and where another
-    # program wants the same cores, a stage of seconds takes minutes.
+    # Before torch is loaded: its threads else spin while they wait for each other, and where
+    # another program wants the same cores, a stage of seconds takes minutes.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):

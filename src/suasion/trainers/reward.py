@@ -94,7 +94,7 @@ def reward(config: RewardConfig, folder: Path, *, seed: int, console: Console) -
         lengths=[len(prompt) + max(len(one), len(two)) for prompt, one, two in rows],
     )
     save_trained(folder, model, codec.tokenizer, config.template, merge=config.lora.merge)
-    return {"pairs": len(rows), "pairs_left_out": len(found) - len(rows), **outcome}
+    return {"training_pairs": len(rows), "pairs_left_out": len(found) - len(rows), **outcome}
 
 
 def token_pairs(
