@@ -307,5 +307,12 @@ class PolicyTrainer:
             "ppo/val/clipfrac": value_clipfrac,
             "ppo/val/mean": float(old_values.mean()),
             "ppo/val/var": float(old_values.var(unbiased=False)),
-            "ppo/val/var_explained": float(statistics.explained_variance(values, returns, mask)),
+            "ppo/val/var_explained": _explained(values, returns, mask),
         }
+
+
+def _explained(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """Explained variance; 0 where no return differs from another and there is none to explain."""
+    if not bool((returns != returns[0]).any()):
+        return 0.0
+    return float(statistics.explained_variance(values, returns, mask))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -154,6 +156,17 @@ def test_the_update_raises_what_did_better_than_expected() -> None:
     new = trainer.policy.logprobs(experience.batch(range(ROWS), 0))[0].detach()
     moved = new - experience.logprobs[experience.mask]
     assert float((moved * experience.advantages[experience.mask]).sum()) > 0
+
+
+def test_equal_returns_leave_nothing_to_explain() -> None:
+    """A batch in which every return is the same is no error: its figures are finite."""
+    trainer = trainer_of()
+    experience = experience_for(trainer)
+    flat = replace(experience, returns=torch.zeros_like(experience.returns))
+    stats = trainer.optimise(flat, generator(1))
+    assert stats["ppo/val/var_explained"] == 0.0
+    assert all(math.isfinite(value) for value in stats.values())
+    assert trainer.optimise(experience, generator(1))["ppo/val/var_explained"] != 0.0
 
 
 def test_a_warming_critic_leaves_the_policy_alone() -> None:
