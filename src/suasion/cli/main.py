@@ -64,9 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    # Before torch is loaded: its threads else spin while they wait for each other, and where
-    # another program wants the same cores, a stage of seconds takes minutes.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Before torch is loaded: its threads else spin for milliseconds while they wait for each other,
+    # and where another program wants the same cores, a stage of seconds takes minutes. Spinning
+    # this shortly costs nothing measurable on free cores (docs/log.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
         print(HELP, end="")

@@ -102,6 +102,12 @@ def claim(folder: Path, manifest: Manifest) -> bool:
     if begun is not None and begun["fingerprint"] == manifest.fingerprint:
         return True
     held = begun or _ours(folder / MANIFEST)
+    damaged = [name for name in (MANIFEST, BEGUN) if (folder / name).is_file()]
+    if held is None and damaged:
+        raise ConfigError(
+            f"{folder / damaged[0]} is damaged or not ours, so what is beside it cannot be judged",
+            f"delete the folder {folder} to run the stage again, or choose another --out folder",
+        )
     if held is None and folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(
             f"{folder} holds files that suasion did not write", "choose an empty --out folder"

@@ -38,7 +38,7 @@ def checked_site(site: str) -> str:
     if not _HOST.fullmatch(site):
         raise DataError(
             f"{site[:80]!r} is not the host name of a site",
-            "name the site, for example site: beer.stackexchange.com",
+            "name it: --site beer.stackexchange.com, or prepare.site in a recipe",
         )
     return site
 

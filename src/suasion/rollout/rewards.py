@@ -139,7 +139,7 @@ class UserFunction:
         """
         try:
             return self._function(queries, responses)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise RewardError(
                 f"reward {self._name} failed at {_place_of(error)}",
                 "it is called as function(queries, responses), two lists of texts",
@@ -229,7 +229,7 @@ def load_function(path: str) -> Any:
         raise ConfigError(
             f"cannot import {path}: {error}", "write package.module:name or file.py:name"
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"cannot import {path}: it failed at {_place_of(error)}") from error
     found = getattr(module, name, None)
     if not callable(found):
