@@ -1,7 +1,7 @@
 """A reward as a plain Python function: how happy does a story sound?
 
 Needs the extra `sentiment` (TextBlob, whose lexicon comes with the package; nothing is downloaded).
-"""
+"""  # noqa: INP001 (a file to copy, not a package)
 
 from collections.abc import Sequence
 
@@ -13,4 +13,5 @@ SCALE = 5.0
 
 def happiness(queries: Sequence[str], responses: Sequence[str]) -> list[float]:
     """Polarity of each response's words, times SCALE; an empty response scores 0."""
+    del queries  # the same opening for every response: it moves no comparison
     return [SCALE * TextBlob(response).sentiment.polarity for response in responses]

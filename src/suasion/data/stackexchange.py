@@ -302,7 +302,8 @@ def render_examples(out: Path, *, width: int = 240) -> str:
         width: The most characters of one text that are shown.
     """
     blocks = []
-    for split, table in (("supervised", "answers"), ("reward", "pairs"), ("policy", "queries")):
+    shown = {"supervised": "answers", "reward": "pairs", "policy": "queries", "evaluation": "pairs"}
+    for split, table in shown.items():
         path = out / split / f"{table}.parquet"
         batch = next(pq.ParquetFile(path).iter_batches(batch_size=1), None)
         if batch is None:
