@@ -86,7 +86,7 @@ def test_a_change_runs_again_what_depends_on_it(
     output = suasion.done("demo", "--out", copy, *TINY, "--ppo.learning_rate", "3e-4")
     expected = dict.fromkeys(STAGES, "skipped") | {"ppo": "running", "evaluate": "running"}
     assert stages_that_ran(output) == expected
-    assert "learning_rate: '0.0002' -> '0.0003'" in output
+    assert "learning_rate: '0.0001' -> '0.0003'" in output
     assert "after: other content" in output
     for name in MODELS:
         same = (copy / name).read_bytes() == (demo / name).read_bytes()

@@ -105,8 +105,8 @@ def claim(folder: Path, manifest: Manifest) -> bool:
     damaged = [name for name in (MANIFEST, BEGUN) if (folder / name).is_file()]
     if held is None and damaged:
         raise ConfigError(
-            f"{folder / damaged[0]} is damaged or not ours, so what is beside it cannot be judged",
-            f"delete the folder {folder} to run the stage again, or choose another --out folder",
+            f"{folder} holds files that suasion did not write, or its {damaged[0]} is damaged",
+            "choose an empty --out folder; if a stage wrote it, delete it to run that stage again",
         )
     if held is None and folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(

@@ -464,7 +464,14 @@ def test_licence_by_date(date: str, version: str) -> None:
 def test_examples_are_short_and_show_each_set(world: Prepared) -> None:
     """What the command prints fits a terminal."""
     text = render_examples(world.out, width=60)
-    for name in ("supervised/answers", "reward/pairs", "policy/queries", "evaluation/pairs", "chosen:", "rejected:"):
+    for name in (
+        "supervised/answers",
+        "reward/pairs",
+        "policy/queries",
+        "evaluation/pairs",
+        "chosen:",
+        "rejected:",
+    ):
         assert name in text
     assert max(map(len, text.splitlines())) < 90
     assert not re.search(r"\x1b", text)
