@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -223,27 +221,3 @@ class ModelCritic:
 def hidden_size_of(policy: Policy) -> int:
     """Width of what reaches the output head."""
     return int(policy.head.weight.shape[1])
-
-
-def frozen_while(module: nn.Module, *, when: bool) -> AbstractContextManager[None]:
-    """Keep a module's parameters out of the graph inside the block, if `when`."""
-    return _Frozen(module) if when else nullcontext()
-
-
-class _Frozen(AbstractContextManager[None]):
-    def __init__(self, module: nn.Module) -> None:
-        self._parameters = [p for p in module.parameters() if p.requires_grad]
-
-    def __enter__(self) -> None:
-        for parameter in self._parameters:
-            parameter.requires_grad = False
-
-    def __exit__(self, *_: object) -> None:
-        for parameter in self._parameters:
-            parameter.requires_grad = True
-
-
-def named_modules_of(policy: Policy, critic: Critic) -> Iterator[tuple[str, nn.Module]]:
-    """The two things that learn, by the names they are saved under."""
-    yield "policy", policy.model
-    yield "critic", critic.module

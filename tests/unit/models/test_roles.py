@@ -19,7 +19,6 @@ from suasion.models.roles import (
     ModelCritic,
     Policy,
     TrunkCritic,
-    frozen_while,
     hidden_size_of,
 )
 from tests.unit.conftest import FAMILIES, tiny_config, tiny_model
@@ -108,18 +107,6 @@ def test_values_come_from_where_the_next_token_is_predicted(batch: TokenBatch) -
             ids = torch.tensor([[*query, *response][:end]])
             expected.append(model(input_ids=ids).logits[0, 0])
     torch.testing.assert_close(values, torch.stack(expected), atol=1e-5, rtol=0)
-
-
-def test_parameters_are_frozen_inside_the_block_only() -> None:
-    """And only if asked."""
-    module = torch.nn.Linear(2, 2)
-    module.bias.requires_grad_(False)  # noqa: FBT003
-    with frozen_while(module, when=True):
-        assert not any(p.requires_grad for p in module.parameters())
-    assert module.weight.requires_grad
-    assert not module.bias.requires_grad
-    with frozen_while(module, when=False):
-        assert module.weight.requires_grad
 
 
 def test_a_model_in_training_is_left_in_training() -> None:
