@@ -7,7 +7,9 @@ INSTALL := $(RUN) pip install -qq --disable-pip-version-check --no-compile --con
 TORCH := $(shell grep '^torch==' constraints.txt)
 TESTS ?= tests/static tests/unit tests/integration tests/e2e
 
-.PHONY: help demo test check mutants evidence clean
+PEERS := classic last new
+
+.PHONY: help demo test check mutants evidence bench-peers bench clean
 
 help:
 	@echo "make demo     the whole pipeline on a small world with a known truth, into runs/demo"
@@ -15,7 +17,9 @@ help:
 	@echo "make check    format, lint, types, layers"
 	@echo "make mutants  change the formulas one by one and see whether a test notices"
 	@echo "make evidence train small policies on known problems, curves into docs/evidence"
-	@echo "make clean    remove .venv and caches; runs stay"
+	@echo "make bench-peers  environments of the libraries we are compared with, into .peers"
+	@echo "make bench    speed and memory beside theirs, 45 minutes, tables into docs/benchmarks.md"
+	@echo "make clean    remove .venv, .peers and caches; runs stay"
 
 demo: .venv/runtime.stamp
 	.venv/bin/suasion demo
@@ -36,8 +40,14 @@ mutants: .venv/dev.stamp
 evidence: .venv/dev.stamp
 	OMP_NUM_THREADS=1 $(RUN) benchmarks.evidence
 
+bench-peers: $(PEERS:%=.peers/%/installed.stamp)
+
+# BENCH=--resume goes on with a run that was cut short.
+bench: .venv/dev.stamp
+	$(RUN) benchmarks.speed $(BENCH)
+
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .peers .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # torch first and alone, in exactly the version asked for: whatever build of it pip is set up to
 # find stays, and nothing later replaces it. The build tool comes from the same list of versions.
@@ -46,6 +56,16 @@ clean:
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	@$(INSTALL) $(TORCH) hatchling editables
 	@$(INSTALL) --no-build-isolation --editable .
+	@touch $@
+
+# Each in an environment of its own, which shares nothing with ours.
+.peers/%/installed.stamp: benchmarks/speed/peers/%.txt benchmarks/speed/peers/torch.txt
+	@echo "installing into .peers/$*, once"
+	@test -x .peers/$*/bin/python || $(PYTHON) -m venv .peers/$*
+	@.peers/$*/bin/python -m pip install -qq --disable-pip-version-check --no-compile \
+		--requirement benchmarks/speed/peers/torch.txt
+	@.peers/$*/bin/python -m pip install -qq --disable-pip-version-check --no-compile \
+		--constraint benchmarks/speed/peers/torch.txt --requirement $<
 	@touch $@
 
 .venv/dev.stamp: .venv/runtime.stamp

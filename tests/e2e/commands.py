@@ -85,13 +85,20 @@ class Commands:
         self._count = 0
         self._codes: dict[int, int] = {}
 
-    def start(self, *arguments: object, cwd: Path | None = None, largest_file: int = 0) -> Running:
+    def start(
+        self,
+        *arguments: object,
+        cwd: Path | None = None,
+        largest_file: int = 0,
+        kill: str = "",
+    ) -> Running:
         """Start `suasion ARGUMENTS`.
 
         Args:
             arguments: Its words.
             cwd: Folder to run in.
             largest_file: Bytes beyond which writing to a file fails; 0: no limit.
+            kill: Where the process is to be killed, see `tests.e2e.killing`.
         """
         self._count += 1
         out, err = (self._folder / f"{self._count}.{name}" for name in ("out", "err"))
@@ -101,6 +108,7 @@ class Commands:
             out=str(out),
             err=str(err),
             largest_file=largest_file,
+            kill=kill,
         )
         return Running(process, lambda: self._poll(process), out, err)
 

@@ -15,6 +15,8 @@ import sys
 import traceback
 from typing import Any
 
+import killing
+
 from suasion.cli.main import main
 
 SLOW = (
@@ -43,6 +45,8 @@ def start(job: dict[str, Any]) -> int:
         if job["largest_file"]:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (job["largest_file"],) * 2)
+        if job["kill"]:
+            killing.kill_at(job["kill"])
         code = main(job["start"])
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from suasion.config.schema import LoraConfig, SftConfig
 from suasion.core.files import read_json_lines
 from suasion.models.adapters import add_lora
 from suasion.models.load import fresh_causal_lm, train_tokenizer
+from suasion.models.roles import Policy
 from suasion.trainers import fit as fitting
 from suasion.trainers.fit import fit
-from suasion.trainers.packed import Blocks
+from suasion.trainers.packed import Blocks, causal_lm_loss
 
 BLOCK = 16
 ROWS = 32
@@ -51,13 +53,15 @@ def config_of(**changes: Any) -> SftConfig:
     return SftConfig(**{**given, "learning_rate": 1e-2, **changes})
 
 
-def train(model: Any, folder: Path, config: SftConfig, **options: Any) -> dict[str, float]:
+def train(model: Any, folder: Path, config: SftConfig, **options: Any) -> dict[str, Any]:
     """Fit, without a word."""
     console = Console(file=io.StringIO())
+    loss = options.pop("loss", None) or partial(causal_lm_loss, Policy(model, 1.0))
     return fit(
         model,
         blocks(),
         Blocks.collate,
+        loss,
         config,
         folder=folder,
         seed=1,
@@ -80,7 +84,25 @@ def test_the_loss_falls(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert losses[0] == pytest.approx(torch.log(torch.tensor(260.0)).item(), rel=0.1)
     assert losses[-1] < losses[0] - 1
-    assert outcome == {"steps": 12.0, "loss": pytest.approx(sum(losses) / 12)}
+    mean = pytest.approx(sum(losses) / 12)
+    assert outcome == {"steps": 12.0, "loss": mean, "arithmetic": "float32"}
+
+
+def test_the_loss_is_the_librarys(tmp_path: Path) -> None:
+    """In chunks, without logits of all positions: the same number and the same gradients."""
+    found = []
+    for own in (True, False):
+        model = model_of()
+        ids = torch.stack([blocks()[row] for row in range(3)])
+        loss = (
+            causal_lm_loss(Policy(model, 1.0), {"input_ids": ids})
+            if own
+            else model(input_ids=ids, labels=ids).loss
+        )
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -115,14 +137,16 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(
 def test_accumulation_is_a_larger_batch(tmp_path: Path, *, own_loss: bool) -> None:
     """1 x 8 = 8 x 1: what fits into memory decides nothing."""
 
-    def loss(model: Any, batch: dict[str, Any]) -> Tensor:
-        return (model(**batch).logits.float() ** 2).mean() + model(**batch).loss
+    def squares(policy: Policy, batch: dict[str, Any]) -> Tensor:
+        ids = batch["input_ids"]
+        logits = policy.logits(policy(ids, torch.ones_like(ids)).last_hidden_state)
+        return (logits**2).mean() + causal_lm_loss(policy, batch)
 
-    options = {"loss": loss} if own_loss else {}
     found = []
     for size, passes in ((8, 1), (1, 8)):
         model = model_of()
         config = config_of(batch_size=size, accumulate=passes, max_steps=3)
+        options = {"loss": partial(squares, Policy(model, 1.0))} if own_loss else {}
         outcome = train(model, tmp_path / str(size), config, **options)
         found.append((outcome["loss"], learnt(model)))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)

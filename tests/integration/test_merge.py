@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from suasion.config.schema import QUESTION_ANSWER, LoraConfig, MergeConfig
 from suasion.core.errors import ModelError, TrainingError
@@ -24,7 +25,10 @@ from suasion.models.load import (
     save_model,
     train_tokenizer,
 )
+from suasion.models.quantised import hold
 from suasion.trainers.merge import TEXTS, merge
+from suasion.trainers.sft import save_trained
+from tests.unit.conftest import FAMILIES, SHAPES
 
 ROWS = [
     {"query": f"How many are {n} and {n + 1}?", "response": f"They are {2 * n + 1}."}
@@ -57,13 +61,13 @@ def base(tmp_path: Path, family: str) -> Path:
     return tmp_path / "base"
 
 
-def write_adapter(base: Path, *, head: bool) -> Path:
-    """An adapter that changes a lot: its weights are drawn, not zero as at the start."""
+def with_adapter(base: Path, *, head: bool, held: str = "fp32") -> Any:
+    """A model whose adapter changes a lot: its weights are drawn, not zero as at the start."""
     codec = load_codec(str(base), QUESTION_ANSWER)
     model: Any = (
-        new_reward_model(str(base), codec.pad_id, torch.float32, seed=0)
+        new_reward_model(str(base), codec.pad_id, torch.float32, seed=0, held=held)
         if head
-        else load_causal_lm(str(base))
+        else load_causal_lm(str(base), held=held)
     )
     model = add_lora(model, LoraConfig(r=4), head=head)
     draw = torch.Generator().manual_seed(2)
@@ -71,8 +75,29 @@ def write_adapter(base: Path, *, head: bool) -> Path:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.1)
+    return model
+
+
+def write_adapter(base: Path, *, head: bool, held: str = "fp32") -> Path:
+    """Such an adapter in a folder of its own."""
+    codec = load_codec(str(base), QUESTION_ANSWER)
+    model = with_adapter(base, head=head, held=held)
     save_model(base.parent / "adapter", model, codec.tokenizer, QUESTION_ANSWER)
     return base.parent / "adapter"
+
+
+def write_base(folder: Path, family: str, seed: int = 1) -> Path:
+    """A tiny model of any family with random weights and a tokenizer."""
+    tokenizer = train_tokenizer([row["query"] + row["response"] for row in ROWS], 270)
+    special = {"eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 1}
+    config = AutoConfig.for_model(family, vocab_size=270, **special, **SHAPES[family])
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    save_model(folder, model, tokenizer, QUESTION_ANSWER)
+    return folder
 
 
 def configured(adapter: Path, table: Path, **more: Any) -> MergeConfig:
@@ -109,13 +134,98 @@ def test_merged_model_is_base_and_adapter(base: Path, table: Path, head: bool) -
 def unmerged(base: Path, adapter: Path, **kind: Any) -> Any:
     """Base and adapter as peft itself puts them together."""
     from peft import PeftModel
-    from transformers import AutoModelForSequenceClassification
 
     auto = AutoModelForSequenceClassification if kind else AutoModelForCausalLM
     plain = auto.from_pretrained(base, **kind)
     if kind:
         plain.config.pad_token_id = 1
     return PeftModel.from_pretrained(plain, adapter).eval()
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["lm", "classifier"])
+@pytest.mark.parametrize(
+    ("family", "held"),
+    [(family, "int8") for family in FAMILIES]
+    + [(family, held) for family in ("gpt2", "llama") for held in ("bf16", "nf4")],
+)
+def test_a_reduced_base_is_merged_as_it_was(
+    tmp_path: Path,
+    table: Path,
+    family: str,
+    held: str,
+    head: bool,  # noqa: FBT001
+) -> None:
+    """The adapter learnt on the rounded weights, and the receipt says what that is worth."""
+    base = write_base(tmp_path / "base", family)
+    found = merge(configured(write_adapter(base, head=head, held=held), table), tmp_path / "merged")
+    assert found["base_held"] == held
+    assert found["largest_difference"] < 5e-5 < 1e-2 < found["adapter_effect"]
+    model = tmp_path / "merged" / "model"
+    assert not json.loads((model / "config.json").read_text()).get("quantization_config")
+    loaded, report = (
+        AutoModelForSequenceClassification if head else AutoModelForCausalLM
+    ).from_pretrained(model, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    if head:
+        given = with_adapter(base, head=True, held=held).get_base_model().score
+        assert torch.equal(loaded.score.weight, given.modules_to_save["default"].weight)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_saving_after_training_dequantises_first(tmp_path: Path, family: str) -> None:
+    """Merged into the codes, as the library would, the base is rounded once more."""
+    base = write_base(tmp_path / "base", family)
+    model = with_adapter(base, head=False, held="int8").eval()
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        given = model(input_ids=ids).logits
+    codec = load_codec(str(base), QUESTION_ANSWER)
+    save_trained(tmp_path / "out", model, codec.tokenizer, QUESTION_ANSWER, LoraConfig(r=4))
+    saved = load_causal_lm(str(tmp_path / "out" / "model"))
+    again = hold(load_causal_lm(str(tmp_path / "out" / "model")), "int8")
+    size = given.abs().max()
+    with torch.no_grad():
+        assert (saved(input_ids=ids).logits - given).abs().max() < 1e-5 * size
+        assert (again(input_ids=ids).logits - given).abs().max() > 1e-3 * size
+    # The adapter beside it, loaded as a model, is the same.
+    with torch.no_grad():
+        merged_in_memory = load_causal_lm(str(tmp_path / "out" / "adapter"))(input_ids=ids).logits
+    assert torch.allclose(merged_in_memory, given, atol=float(1e-5 * size))
+
+
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_in_sixteen_bits(base: Path, table: Path, dtype: str) -> None:
+    """Half the size; the rounding shows in the receipt, and is a small share of the effect."""
+    adapter = write_adapter(base, head=False, held="int8")
+    out = base.parent / "merged"
+    found = merge(configured(adapter, table, dtype=dtype), out)
+    assert found["dtype"] == dtype
+    assert 1e-5 < found["largest_difference"] < found["tolerance"] == 0.1 * found["adapter_effect"]
+    (weights,) = (out / "model").glob("*.safetensors")
+    assert {t.dtype for t in load_file(weights).values()} == {
+        getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}[dtype])
+    }
+    with pytest.raises(TrainingError, match="the adapter is as it was"):
+        merge(configured(adapter, table, dtype=dtype, tolerance=1e-6), base.parent / "refused")
+    assert (adapter / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
+def test_a_reward_model_is_compared_on_pairs(base: Path, tmp_path: Path) -> None:
+    """Where there are pairs: the change of the score, and of the accuracy."""
+    path = tmp_path / "pairs.jsonl"
+    rows = [
+        {"query": row["query"], "chosen": row["response"], "rejected": f"Who knows {n}?"}
+        for n, row in enumerate(ROWS)
+    ]
+    keep_json_lines(path, rows)
+    found = merge(configured(write_adapter(base, head=True, held="nf4"), path), tmp_path / "merged")
+    assert found["texts"] == 2 * found["pairs"] == 2 * len(ROWS)
+    assert found["pair_accuracy_before"] == found["pair_accuracy_after"]
+    assert 0 < found["pair_accuracy_after"] <= 1
+    assert abs(found["mean_score_change"]) < 1e-5
 
 
 def test_no_model_at_all(tmp_path: Path, table: Path) -> None:
@@ -170,6 +280,34 @@ class TestRefusals:
         save_model(base, wider, codec.tokenizer, QUESTION_ANSWER)
         with pytest.raises(ModelError, match="does not fit its base"):
             merge(configured(adapter, table), base.parent / "merged")
+
+    def test_other_base_of_the_same_shape(self, base: Path, table: Path) -> None:
+        """It would fit, and be another model."""
+        adapter = write_adapter(base, head=False)
+        codec = load_codec(str(base), QUESTION_ANSWER)
+        other = fresh_causal_lm(
+            family="llama",
+            tokenizer=codec.tokenizer,
+            context=64,
+            hidden_size=32,
+            layers=2,
+            heads=2,
+            seed=8,
+        )
+        save_model(base, other, codec.tokenizer, QUESTION_ANSWER)
+        with pytest.raises(ModelError, match="trained on other weights"):
+            merge(configured(adapter, table), base.parent / "merged")
+
+    def test_merging_twice(self, base: Path, table: Path) -> None:
+        """Into its base where the merged model was put in the base's place."""
+        adapter = write_adapter(base, head=False)
+        merge(configured(adapter, table), base.parent / "merged")
+        shutil.rmtree(base)
+        (base.parent / "merged" / "model").rename(base)
+        with pytest.raises(ModelError, match="merged into already"):
+            merge(configured(adapter, table), base.parent / "again")
+        with pytest.raises(ModelError, match="plain model already"):
+            merge(configured(base, table), base.parent / "again")
 
     @pytest.mark.parametrize(("part", "head"), [("score", True), ("layers.1", False)])
     def test_weights_are_missing(self, base: Path, table: Path, part: str, head: bool) -> None:  # noqa: FBT001

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from suasion.classic.value_head import (
 from suasion.core.records import Rollout, TokenBatch, padded, token_batch
 from suasion.functional.kl import full_kl
 from suasion.models.load import switch_off_dropout
-from suasion.models.roles import AdapterOffReference, Critic, FrozenReference, Policy, Reference
+from suasion.models.references import AdapterOffReference, FrozenReference, Reference
+from suasion.models.roles import Critic, Policy
 from suasion.rollout.experience import Penalty, token_budget
 
 
@@ -37,6 +39,10 @@ class HeadCritic:
 
     def __init__(self, head: ValueHead) -> None:
         self.module: nn.Module = head
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Nothing: the policy's hidden states are there."""
+        return nullcontext()
 
     def values(self, batch: TokenBatch, hidden: Tensor) -> Tensor:
         """Values before each response token, [N]."""
@@ -80,7 +86,7 @@ def chosen_reference(
     """
     if ref_model is None and model.is_peft_model and num_shared_layers is None:
         scorer = AdapterOffReference(policy)
-        return ReferenceRole(scorer, policy, policy.model.disable_adapter), None
+        return ReferenceRole(scorer, policy, partial(scorer.scope.use, None)), None
     if ref_model is None:
         ref_model = create_reference_model(model, num_shared_layers)
     elif num_shared_layers is not None:

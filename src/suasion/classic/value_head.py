@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,9 @@ from suasion.classic.arguments import with_adapter
 from suasion.classic.errors import ArgumentError
 from suasion.classic.head_files import HEAD_FILE, read_head
 from suasion.core.files import atomic_path
+from suasion.models.references import LAYERS, front_parameters, frozen_copy
 
 _HEAD_OPTIONS = ("summary_dropout_prob", "v_head_initializer_range", "v_head_init_strategy")
-_LAYERS = (
-    "transformer.h.{layer}",  # GPT-2, GPT-Neo, GPT-J, BLOOM
-    "gpt_neox.layers.{layer}",
-    "model.decoder.layers.{layer}",  # OPT
-    "model.layers.{layer}",  # Llama, Qwen, Mistral and their relatives
-)
 
 
 class ValueHead(nn.Module):
@@ -270,14 +264,11 @@ def create_reference_model(
     Raises:
         ArgumentError: the pattern fits no parameter, or the model has no more layers than that.
     """
-    memo: dict[int, Any] = {}
+    shared: list[nn.Parameter] = []
     if num_shared_layers is not None:
-        for parameter in _first_parameters(model, num_shared_layers, pattern):
-            parameter.requires_grad = False
-            memo[id(parameter)] = parameter
-    reference = copy.deepcopy(model, memo)
-    reference.requires_grad_(requires_grad=False)
-    return reference.eval()
+        shared = _first_parameters(model, num_shared_layers, pattern)
+    copied: AutoModelForCausalLMWithValueHead = frozen_copy(model, shared)
+    return copied
 
 
 def _first_parameters(
@@ -291,13 +282,10 @@ def _first_parameters(
         )
     if layers < 1:
         raise ArgumentError(f"num_shared_layers is {layers}, not 1 or more")
-    named = list(model.pretrained_model.named_parameters())
-    tried = [pattern] if pattern else list(_LAYERS)
-    for candidate in tried:
-        start = candidate.format(layer=layers) + "."
-        at = next((i for i, (name, _) in enumerate(named) if name.startswith(start)), None)
-        if at is not None:
-            return [parameter for _, parameter in named[:at]]
+    tried = (pattern,) if pattern else LAYERS
+    found = front_parameters(model.pretrained_model, layers, tried)
+    if found is not None:
+        return found
     raise ArgumentError(
         f"cannot share {layers} layers: no parameter begins with "
         f"{' or '.join(candidate.format(layer=layers) for candidate in tried)}",

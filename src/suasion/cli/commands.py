@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import logging
 import os
 import warnings
@@ -13,10 +14,15 @@ from typing import Any
 
 from rich.console import Console
 
+from suasion.cli.planning import plan
 from suasion.config import schema
 from suasion.config.load import parse_overrides, validate
 from suasion.config.recipe import load_recipe
-from suasion.core.errors import ConfigError, DataError, SuasionError
+from suasion.core.errors import ConfigError, DataError
+from suasion.core.ranks import Ranks
+
+Command = Callable[[Sequence[str], Ranks], int]
+"""(arguments, processes it runs in) -> exit code."""
 
 NEEDS = {
     "pretrain": ("text",),
@@ -38,17 +44,17 @@ KINDS: dict[str, type[Any]] = {
 }
 
 
-def stage(name: str, arguments: Sequence[str]) -> int:
+def stage(name: str, arguments: Sequence[str], ranks: Ranks) -> int:
     """One stage on its own."""
     from suasion.cli.options import need, parse_stage
 
     call = parse_stage(KINDS[name], name, arguments)
     need(name, **{key: getattr(call.config, key) for key in NEEDS[name]})
-    _run_one(name, call)
+    _run_one(name, call, ranks)
     return 0
 
 
-def prepare(arguments: Sequence[str]) -> int:
+def prepare(arguments: Sequence[str], ranks: Ranks) -> int:
     """`prepare stackexchange DUMP_DIR --out DIR`."""
     from suasion.cli.options import parse_stage, show_help
 
@@ -65,20 +71,22 @@ def prepare(arguments: Sequence[str]) -> int:
     if rest and not rest[0].startswith("-"):
         rest = ["--dump", *rest]
     call = parse_stage(schema.PrepareConfig, "prepare stackexchange", rest)
-    _run_one("prepare", call)
+    _run_one("prepare", call, ranks)
     return 0
 
 
-def _run_one(name: str, call: Any) -> None:
+def _run_one(name: str, call: Any, ranks: Ranks) -> None:
     from suasion.cli.run import set_threads
     from suasion.cli.stages import run_stage
 
     quiet_libraries()
     set_threads(call.threads)
-    run_stage(name, call.config, Path(call.out), seed=call.seed, console=Console())
+    run_stage(
+        name, call.config, Path(call.out), seed=call.seed, console=console_of(ranks), ranks=ranks
+    )
 
 
-def run(arguments: Sequence[str]) -> int:
+def run(arguments: Sequence[str], ranks: Ranks) -> int:
     """`run RECIPE.yaml [--key.key value ...]`."""
     from suasion.cli.options import show_help
 
@@ -91,8 +99,16 @@ def run(arguments: Sequence[str]) -> int:
     quiet_libraries()
     from suasion.cli.run import run_recipe
 
-    run_recipe(recipe, Console())
+    run_recipe(recipe, console_of(ranks), ranks)
     return 0
+
+
+def console_of(ranks: Ranks) -> Console:
+    """A console that is heard of one process only."""
+    console = Console() if ranks.first else Console(file=io.StringIO(), quiet=True)
+    if ranks.world > 1:
+        console.print(f"{ranks.world} processes")
+    return console
 
 
 def check(arguments: Sequence[str]) -> int:
@@ -120,7 +136,7 @@ def check(arguments: Sequence[str]) -> int:
     return 0
 
 
-def demo(arguments: Sequence[str]) -> int:
+def demo(arguments: Sequence[str], ranks: Ranks) -> int:
     """`demo [--out DIR] [--seed N] [--questions N] [--key.key value ...]`."""
     if any(word in ("-h", "--help") for word in arguments):
         print(
@@ -135,7 +151,6 @@ def demo(arguments: Sequence[str]) -> int:
     options = validate(schema.DemoConfig, values, "the options")
     from suasion.data.world import write_dump
 
-    console = Console()
     dump = Path(options.out) / "dump"
     recipe = load_recipe(
         Path(__file__).with_name("demo.yaml"),
@@ -149,12 +164,13 @@ def demo(arguments: Sequence[str]) -> int:
             str(options.seed),
         ],
     )
-    console.print(f"[bold]world[/]  {options.questions:,} questions -> {dump}", highlight=False)
-    write_dump(dump, seed=options.seed, questions=options.questions)
     quiet_libraries()
     from suasion.cli.run import run_recipe
 
-    run_recipe(recipe, console)
+    console = console_of(ranks)
+    console.print(f"[bold]world[/]  {options.questions:,} questions -> {dump}", highlight=False)
+    ranks.share(lambda: write_dump(dump, seed=options.seed, questions=options.questions))
+    run_recipe(recipe, console, ranks)
     return 0
 
 
@@ -218,26 +234,39 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("WANDB_SILENT", "true")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    for library in ("accelerate", "bitsandbytes"):  # the second one talks while it is imported
+        logging.getLogger(library).setLevel(logging.ERROR)
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 
-def unknown_command(name: str) -> SuasionError:
-    """The error for a command that does not exist, with the nearest one that does."""
+def command_of(name: str) -> Command:
+    """The command of that name.
+
+    Raises:
+        ConfigError: there is none; the nearest one is suggested.
+    """
+    if name in COMMANDS:
+        return COMMANDS[name]
     close = difflib.get_close_matches(name, COMMANDS, n=1)
     hint = f"did you mean {close[0]}?" if close else f"commands: {', '.join(COMMANDS)}"
-    return ConfigError(f"unknown command {name!r}", hint)
+    raise ConfigError(f"unknown command {name!r}", hint)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+def one(command: Callable[[Sequence[str]], int]) -> Command:
+    """A command that the first process runs for all of them."""
+    return lambda arguments, ranks: ranks.share(partial(command, arguments))
+
+
+COMMANDS: dict[str, Command] = {
     "demo": demo,
     "run": run,
-    "check": check,
+    "check": one(check),
+    "plan": one(plan),
     "prepare": prepare,
     **{name: partial(stage, name) for name in KINDS},
-    "generate": generate,
-    "report": report,
+    "generate": one(generate),
+    "report": one(report),
 }

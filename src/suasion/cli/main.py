@@ -11,10 +11,13 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from suasion.core.errors import StorageError, SuasionError
+from suasion.core.errors import StorageError, SuasionError, ToldElsewhere
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
+
+FOLLOWED = 1
+"""Exit code of a process that stopped because another one of its run did."""
 
 REFUSALS = (
     errno.ENOSPC,
@@ -35,6 +38,7 @@ suasion: from people's votes to a model they prefer, with every step checked
   suasion demo [--out DIR] [--seed N]     the whole pipeline on a small world with a known truth
   suasion run RECIPE.yaml [--key.key V]   the stages of a recipe; finished ones are skipped
   suasion check RECIPE.yaml [--only NAME]   faults that would ruin its policy stage, in a minute
+  suasion plan RECIPE.yaml [--card 24GB]    how much memory each stage will need
 
 stages, each on its own:
   suasion prepare stackexchange DUMP_DIR --out DIR    votes -> questions, answers, pairs
@@ -49,6 +53,8 @@ stages, each on its own:
 
   suasion COMMAND --help                  every option with its default
   suasion --version
+
+on N processors or GPUs: torchrun --nproc_per_node N -m suasion.cli.main COMMAND ...
 
 exit codes: 0 done, 2 configuration, 3 data, 4 model, 5 reward, 6 training, 7 disk, 8 check,
             130 interrupted
@@ -78,12 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"suasion {__version__}")
         return 0
     try:
-        from suasion.cli.commands import COMMANDS, unknown_command
+        from suasion.cli.commands import command_of
+        from suasion.core.ranks import joined
 
-        command = COMMANDS.get(words[0])
-        if command is None:
-            return _explain(unknown_command(words[0]))
-        return command(words[1:])
+        with joined() as ranks:
+            return command_of(words[0])(words[1:], ranks)
+    except ToldElsewhere:
+        return FOLLOWED
     except SuasionError as error:
         return _explain(error)
     except KeyboardInterrupt:

@@ -12,25 +12,36 @@ from rich.console import Console
 from suasion.config.recipe import STAGES
 from suasion.config.schema import Recipe
 from suasion.core.files import write_text
+from suasion.core.ranks import ALONE, Ranks
 from suasion.core.summary import Summary, summary_table
 
 
-def run_recipe(recipe: Recipe, console: Console) -> Summary:
+def run_recipe(recipe: Recipe, console: Console, ranks: Ranks = ALONE) -> Summary:
     """Run the stages of a resolved recipe; finished ones are skipped.
 
     Writes recipe.yaml (resolved), one folder per stage, summary.json and report/index.html.
+
+    Args:
+        recipe: Every input of a stage is named in it.
+        console: For progress; should be silent in all processes but the first.
+        ranks: The processes that run it.
     """
     from suasion.cli.stages import run_stage
 
     set_threads(recipe.threads)
     out = Path(recipe.out)
     stored: dict[str, dict[str, Any]] = {}
-    write_text(out / "recipe.yaml", yaml.safe_dump(plain(asdict(recipe)), sort_keys=False))
+    if ranks.first:
+        write_text(out / "recipe.yaml", yaml.safe_dump(plain(asdict(recipe)), sort_keys=False))
     for stage in STAGES:
         config = getattr(recipe, stage)
         if config is not None and stage != "report":
-            stored[stage] = run_stage(stage, config, out / stage, seed=recipe.seed, console=console)
+            stored[stage] = run_stage(
+                stage, config, out / stage, seed=recipe.seed, console=console, ranks=ranks
+            )
     summary = summarise(stored)
+    if not ranks.first:
+        return summary
     summary.write(out / "summary.json")
     console.print(summary_table(summary))
     if recipe.report is not None:

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,16 @@ from suasion.config.schema import (
     SftConfig,
 )
 from suasion.core.errors import ConfigError, SuasionError
-from suasion.core.manifest import abandon, begin, changed_keys, claim, complete, finished
+from suasion.core.manifest import (
+    Manifest,
+    abandon,
+    begin,
+    changed_keys,
+    claim,
+    complete,
+    finished,
+)
+from suasion.core.ranks import ALONE, Ranks
 
 Body = Callable[..., dict[str, Any]]
 
@@ -58,22 +68,26 @@ def prepare(config: PrepareConfig, folder: Path, *, seed: int, console: Console)
 
 
 def pretrain(
-    config: PretrainConfig, folder: Path, *, seed: int, console: Console
+    config: PretrainConfig, folder: Path, *, seed: int, console: Console, ranks: Ranks
 ) -> dict[str, Any]:
     """Raw text."""
     from suasion.trainers.pretrain import pretrain as body
 
-    return body(config, folder, seed=seed, console=console)
+    return body(config, folder, seed=seed, console=console, ranks=ranks)
 
 
-def sft(config: SftConfig, folder: Path, *, seed: int, console: Console) -> dict[str, Any]:
+def sft(
+    config: SftConfig, folder: Path, *, seed: int, console: Console, ranks: Ranks
+) -> dict[str, Any]:
     """Questions and answers."""
     from suasion.trainers.sft import sft as body
 
-    return body(config, folder, seed=seed, console=console)
+    return body(config, folder, seed=seed, console=console, ranks=ranks)
 
 
-def reward(config: RewardConfig, folder: Path, *, seed: int, console: Console) -> dict[str, Any]:
+def reward(
+    config: RewardConfig, folder: Path, *, seed: int, console: Console, ranks: Ranks
+) -> dict[str, Any]:
     """Preferences, then the model's card on held-out pairs."""
     from suasion.data.sources import Source
     from suasion.evaluate.reward_card import held_out_pairs, reward_card
@@ -82,9 +96,9 @@ def reward(config: RewardConfig, folder: Path, *, seed: int, console: Console) -
     from suasion.rollout.rewards import load_reward
     from suasion.trainers.reward import reward as body
 
-    result = body(config, folder, seed=seed, console=console)
+    result = body(config, folder, seed=seed, console=console, ranks=ranks)
     source = Source(Path(str(config.data)))
-    if not source.prepared:
+    if not source.prepared or not ranks.first:
         return result
     model = str(folder / "model")
     judge = load_reward(model, config.template)
@@ -95,11 +109,13 @@ def reward(config: RewardConfig, folder: Path, *, seed: int, console: Console) -
     return {**result, **card.as_dict()}
 
 
-def ppo(config: PpoConfig, folder: Path, *, seed: int, console: Console) -> dict[str, Any]:
+def ppo(
+    config: PpoConfig, folder: Path, *, seed: int, console: Console, ranks: Ranks
+) -> dict[str, Any]:
     """The policy."""
     from suasion.cli.build import ppo as body
 
-    return body(config, folder, seed=seed, console=console)
+    return body(config, folder, seed=seed, console=console, ranks=ranks)
 
 
 def merge(config: MergeConfig, folder: Path, *, seed: int, console: Console) -> dict[str, Any]:
@@ -132,12 +148,28 @@ BODIES: dict[str, tuple[Body, tuple[str, ...]]] = {
     ),
 }
 """Each stage's body, and which of its options name inputs."""
+TOGETHER = ("pretrain", "sft", "reward", "ppo")
+"""Stages that all processes run; of the others the first one does all, and the rest wait."""
 
 
 def run_stage(
-    stage: str, config: Any, folder: Path, *, seed: int, console: Console
+    stage: str,
+    config: Any,
+    folder: Path,
+    *,
+    seed: int,
+    console: Console,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Run a stage unless its folder says it is done.
+
+    Args:
+        stage: Its name.
+        config: Its options.
+        folder: Where it writes.
+        seed: Root seed.
+        console: For progress; should be silent in all processes but the first.
+        ranks: The processes that run it. The first one looks after the folder and its manifest.
 
     Returns:
         Its manifest.
@@ -145,15 +177,41 @@ def run_stage(
     Raises:
         SuasionError: whatever stopped it; a folder it had written nothing to is not left behind.
     """
+    body, input_names = BODIES[stage]
+    values = asdict(config)
+    inputs = {name: values[name] for name in input_names}
+
+    def start() -> tuple[Manifest, dict[str, Any] | None]:
+        _keep_apart(stage, inputs, folder)
+        manifest = begin(stage, values, inputs, seed)
+        return manifest, _claimed(stage, manifest, folder, console)
+
+    manifest, stored = ranks.share(start)
+    if stored is not None:
+        return stored
+    work = partial(body, config, folder, seed=seed, console=console)
+    began = time.perf_counter()
+    try:
+        result = work(ranks=ranks) if stage in TOGETHER else ranks.share(work)
+    except SuasionError:
+        if ranks.first:
+            abandon(folder)
+        raise
+    seconds = time.perf_counter() - began
+    ranks.barrier()  # nobody reads a checkpoint any more, which are about to go
+    stored = ranks.share(lambda: complete(folder, manifest, result, seconds))
+    console.print(f"  done in {seconds:.1f} s: {_brief(stored)}", highlight=False, markup=False)
+    return stored
+
+
+def _claimed(
+    stage: str, manifest: Manifest, folder: Path, console: Console
+) -> dict[str, Any] | None:
+    """What is stored of a finished stage; None if it is to run, and the folder is then ready."""
 
     def say(what: str) -> None:
         console.print(f"[bold]{stage}[/]  {escape(what)}", highlight=False)
 
-    body, input_names = BODIES[stage]
-    values = asdict(config)
-    inputs = {name: values[name] for name in input_names}
-    _keep_apart(stage, inputs, folder)
-    manifest = begin(stage, values, inputs, seed)
     stored = finished(folder, manifest)
     if stored is not None:
         say(f"already done, unchanged: {folder}")
@@ -162,16 +220,7 @@ def run_stage(
     if changes:
         say(f"running again: {'; '.join(changes)}")
     say("continuing" if claim(folder, manifest) else "running")
-    began = time.perf_counter()
-    try:
-        result = body(config, folder, seed=seed, console=console)
-    except SuasionError:
-        abandon(folder)
-        raise
-    seconds = time.perf_counter() - began
-    stored = complete(folder, manifest, result, seconds)
-    console.print(f"  done in {seconds:.1f} s: {_brief(stored)}", highlight=False, markup=False)
-    return stored
+    return None
 
 
 def _keep_apart(stage: str, inputs: Mapping[str, str | None], folder: Path) -> None:

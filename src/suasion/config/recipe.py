@@ -74,7 +74,8 @@ def resolve(recipe: Recipe) -> Recipe:
             model=need("reward.model", recipe.reward.model, model),
             data=need("reward.data", recipe.reward.data, data),
         )
-        reward = str(out / "reward" / "model")
+        shares = recipe.ppo is not None and recipe.ppo.shared_base
+        reward = str(out / "reward" / ("adapter" if shares else "model"))
     if recipe.ppo:
         supervised = need("ppo.model", recipe.ppo.model, model)
         reward = need("ppo.reward", recipe.ppo.reward, reward)

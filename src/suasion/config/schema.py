@@ -6,8 +6,9 @@ needs it given. `resolve` in `suasion.config.recipe` fills these in, once, befor
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
@@ -24,6 +25,36 @@ def _listed(value: object) -> object:
     """Let a single name stand for a list of one."""
     return (value,) if isinstance(value, str) else value
 
+
+def _plain_options(given: object) -> object:
+    """Read texts, which is what a command line gives, as the numbers and truths they stand for."""
+    if not isinstance(given, dict):
+        return given
+    nested = [name for name, value in given.items() if isinstance(value, dict)]
+    if nested:
+        raise ValueError(f"{nested[0]} must be a number, a text, a truth, null or a list")
+    return {name: _read(value) for name, value in given.items()}
+
+
+def _read(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_read(inner) for inner in value)
+    if not isinstance(value, str):
+        return value
+    for kind in (int, float):  # not by YAML, which takes 1e-5 for a text
+        try:
+            number = kind(value)
+        except ValueError:
+            continue
+        return number if math.isfinite(number) else value
+    return {"true": True, "false": False, "null": None}.get(value, value)
+
+
+PlainOptions = Annotated[
+    dict[str, bool | int | float | str | tuple[float | str, ...] | None],
+    BeforeValidator(_plain_options),
+]
+"""Keyword arguments: numbers, texts, truths, null, or lists of these."""
 
 Trackers = Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_listed)]
 
@@ -48,8 +79,17 @@ class LoraConfig(Strict):
     """Dropout in front of the adapter; always off in the policy stage."""
     targets: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
     """Names of the modules to adapt; empty means every linear layer except the output head."""
+    base: Literal["fp32", "bf16", "int8", "nf4"] = "fp32"
+    """How the frozen base under the adapter is held: in 4, 2, 1 or about 0.6 bytes per weight. All
+    but fp32 change the model a little; int8 and nf4 need the extra `quant`."""
+    checkpointing: bool = False
+    """Keep only what goes into each layer and compute the rest again in the backward pass: a third
+    more time for a fraction of the activations' memory."""
     merge: bool = True
-    """Merge the adapter into the base when training ends; the adapter is kept beside it."""
+    """Merge the adapter into the base as it was held when training ends; the adapter is kept
+    beside it."""
+    merge_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type of the merged weights; the sum itself is taken in fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +236,14 @@ class KlConfig(Strict):
     """Responses over which beta may change by the controller's full gain."""
     stop: PositiveFloat | None = None
     """Stop an iteration's updates when the policy moved this far (mean log-ratio, in nats)."""
+    estimator: Literal["k1", "abs", "k2", "k3"] = "k1"
+    """What beta weighs in the reward. Only k1, log(policy / reference), leads to the optimum of
+    score - beta * KL; the others never pay a token for having become rarer, so that a policy
+    trained long enough collapses to one answer. They are there to repeat older runs."""
+    in_loss: Literal["k2", "k3"] | None = None
+    """Set: the penalty is a term of the loss and not of the reward. k2, d^2 / 2, has the KL's
+    gradient token by token and is blind to what a token does to later ones; k3 (GRPO's) follows
+    the gradient of KL(reference || policy) and ends elsewhere. k1 there would do nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +260,12 @@ class ResponseConfig(Strict):
     """Keep the k likeliest tokens; 0 keeps all. Anything else makes the KL estimate biased."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Keep the likeliest tokens up to this mass. Below 1 the KL estimate is biased."""
+    min_tokens: Natural = 0
+    """No response ends before it has this many. Above 0 the KL estimate is biased."""
+    stop_strings: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
+    """A response also ends with the token that completes one of these."""
+    at_once: Positive = 256
+    """Responses sampled at the same time; each that ends makes room for the next prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +282,11 @@ class ScoreConfig(Strict):
     """A response that never ended: its score as it is, or `no_eos_value` instead, or less that."""
     no_eos_value: Finite = -1.0
     """The score it gets (replace), or the penalty whose magnitude is subtracted."""
+    overlong: Positive | None = None
+    """Set: scores fall over the last so many tokens before `response.max_tokens`, linearly
+    (arXiv 2503.14476, eq. 13)."""
+    overlong_penalty: PositiveFloat = 1.0
+    """By how much they have fallen at `response.max_tokens`, in score units."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +295,7 @@ class CriticConfig(Strict):
 
     kind: Literal["value_head", "reward_model", "policy_copy"] = "value_head"
     """A scalar head on the policy's trunk, or a separate model from the reward model's weights,
-    or a separate model from the policy's."""
+    or a separate model from the policy's. With `ppo.shared_base` a separate model is an adapter."""
     learning_rate: PositiveFloat | None = None
     """Its own learning rate; default: the policy's."""
     clip: PositiveFloat | None = 0.2
@@ -245,6 +304,27 @@ class CriticConfig(Strict):
     """Weight of the value loss beside the policy loss."""
     warmup: Natural = 0
     """First iterations in which only the critic learns."""
+    lam: Fraction | None = None
+    """GAE's lambda in the critic's targets (1: the return itself, arXiv 2503.01491); default: that
+    of the advantages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig(Strict):
+    """What the policy is held to."""
+
+    kind: Literal["start", "layers", "model", "none"] = "start"
+    """The policy as it starts (adapters off, a frozen snapshot of an adapter it goes on with, or a
+    frozen copy); the same with its first `layers` shared and frozen; another `model`; or none:
+    no penalty, and a KL of 0 in every figure."""
+    layers: Positive | None = None
+    """Layers that `kind: layers` shares, and freezes in the policy."""
+    model: str | None = None
+    """Folder or Hub name for `kind: model`."""
+    base: Literal["fp32", "bf16", "int8", "nf4"] = "fp32"
+    """How a frozen copy's linear layers are held; see `lora.base`."""
+    offload: bool = False
+    """Keep a frozen copy in the processor's memory, and on the GPU only while it is asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,11 +332,14 @@ class PpoConfig(Strict):
     """Proximal policy optimisation against a reward (arXiv 1707.06347, 1909.08593)."""
 
     model: str | None = None
-    """Folder or Hub name of the policy to start from; it is the reference too."""
+    """Folder or Hub name of the policy to start from; an adapter's folder goes on with it."""
     data: str | None = None
     """Prepared folder (its policy queries), or a .jsonl/.parquet/.csv table with `query`."""
     reward: str | None = None
     """Reward-model folder; or `package.module:function`; or `pipeline:FOLDER#LABEL`."""
+    shared_base: bool = False
+    """Hold one set of base weights: `reward` is then an adapter's folder, and reward model and
+    critic are adapters with heads of their own beside the policy's (`lora.r` above 0)."""
     template: str = QUESTION_ANSWER
     """How a query and a response become text."""
     steps: Positive = 50
@@ -271,14 +354,26 @@ class PpoConfig(Strict):
     """Times each iteration's responses are trained on."""
     learning_rate: PositiveFloat = 1.41e-5
     """Peak learning rate."""
-    schedule: Literal["constant", "linear"] = "constant"
-    """How the learning rate moves over the steps."""
+    schedule: str = "constant"
+    """How the learning rate moves over the iterations: constant, linear or cosine (to zero), or
+    the import path of a schedule's class, `torch.optim.lr_scheduler:ExponentialLR`."""
+    schedule_options: PlainOptions = field(default_factory=dict)
+    """Keyword arguments of the schedule; constant, linear and cosine take `warmup` (iterations),
+    the last two also `floor` (a share of the learning rate)."""
     optimizer: str = "torch.optim:AdamW"
     """Import path of the optimizer's class."""
+    optimizer_options: PlainOptions = field(default_factory=dict)
+    """Keyword arguments of the optimizer beside the learning rate."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are scaled down to this norm."""
     clip: PositiveFloat = 0.2
     """The probability ratio's clip range."""
+    clip_high: PositiveFloat | None = None
+    """How far the ratio may rise above 1; default: `clip`, which then bounds both ways. Larger, it
+    lets rare tokens gain more (clip-higher, arXiv 2503.14476, eq. 10)."""
+    dual_clip: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    """Bound the loss of tokens with a negative advantage at this many times the advantage
+    (arXiv 1912.09729 has 3): such a token then has no gradient once its ratio is above that."""
     gamma: Fraction = 1.0
     """Discount."""
     lam: Fraction = 0.95
@@ -287,6 +382,8 @@ class PpoConfig(Strict):
     """Weight of the entropy bonus."""
     whiten: Literal["batch", "mini_batch", "none"] = "batch"
     """Where advantages are whitened."""
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    """What the policy is held to."""
     kl: KlConfig = field(default_factory=KlConfig)
     """The penalty for leaving the reference."""
     response: ResponseConfig = field(default_factory=ResponseConfig)
@@ -296,7 +393,7 @@ class PpoConfig(Strict):
     critic: CriticConfig = field(default_factory=CriticConfig)
     """Who estimates the returns."""
     lora: LoraConfig = field(default_factory=LoraConfig)
-    """Rank above 0: train adapters; the reference is then the same weights with adapters off."""
+    """Rank above 0: train adapters; of an adapter that is gone on with, its own rank."""
     prompt_tokens: Positive | None = None
     """Longest prompt; default: what the context leaves beside the longest response."""
     too_long: TooLong = "error"
@@ -325,8 +422,11 @@ class MergeConfig(Strict):
     """Prepared folder or table whose texts the two are compared on."""
     template: str = QUESTION_ANSWER
     """How a query and a response become text."""
-    tolerance: PositiveFloat = 1e-3
-    """Largest difference of a logit before the merge is refused."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type of the merged weights."""
+    tolerance: PositiveFloat | None = None
+    """Largest difference of a logit before the merge is refused; default: 1e-3 in fp32, and in 16
+    bits, which round the weights, a tenth of the largest difference that the adapter makes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -401,6 +501,18 @@ class Recipe(Strict):
     """What came out."""
     report: ReportConfig | None = None
     """The page."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(Strict):
+    """What a recipe is planned for."""
+
+    card: str | None = None
+    """Memory to fit into: 24GB, 24GiB, or a card's name; default: this machine's."""
+    flops: PositiveFloat | None = None
+    """Operations per second to reckon times with; default: the card's, or measured here."""
+    json: str | None = None
+    """Write the plan here too."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,10 @@ class SuasionError(Exception):
         self.fix = fix
 
 
+class ToldElsewhere(Exception):  # noqa: N818 (no error of its own)
+    """This process cannot go on because another one of its run failed first, and says why."""
+
+
 class ConfigError(SuasionError):
     """A recipe, an option or a combination of options is wrong."""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,13 @@ class TokenBatch:
     def targets(self) -> Tensor:
         """The response tokens of all rows, one after the other, int64, [N]."""
         return self.ids[:, 1:][self.predicts[:, :-1]]
+
+    @property
+    def ends(self) -> Tensor:
+        """True at the last token of each row, bool, [B, T]."""
+        after = torch.zeros_like(self.mask)
+        after[:, :-1] = self.mask[:, 1:]
+        return self.mask & ~after
 
     def to(self, device: torch.device) -> TokenBatch:
         """The same batch on `device`."""
@@ -68,9 +76,45 @@ class Rollout:
     """Log-probability of each response token before any top-k or top-p filter, nats."""
     values: list[Tensor] | None
     """The critic's value before each response token, where it shares the policy's trunk."""
+    reasons: list[str] = field(default_factory=list)
+    """Why each ended: "stop" (a stop token), "stop string", or "length"."""
+    altered: bool = False
+    """Whether tokens were drawn from another distribution than `logprobs` describes."""
 
     def __len__(self) -> int:
         return len(self.responses)
+
+    def split(self) -> list[Rollout]:
+        """Each response as a rollout of its own."""
+        return [
+            Rollout(
+                self.queries[row : row + 1],
+                self.responses[row : row + 1],
+                self.finished[row : row + 1],
+                self.logprobs[row : row + 1],
+                None if self.values is None else self.values[row : row + 1],
+                self.reasons[row : row + 1],
+                self.altered,
+            )
+            for row in range(len(self))
+        ]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Rollout]) -> Rollout:
+        """The responses of all `parts`, of which there is at least one, in their order."""
+
+        def every(name: str) -> list[Any]:
+            return [row for part in parts for row in getattr(part, name)]
+
+        return cls(
+            every("queries"),
+            every("responses"),
+            every("finished"),
+            every("logprobs"),
+            None if parts[0].values is None else every("values"),
+            every("reasons"),
+            any(part.altered for part in parts),
+        )
 
 
 def padded(rows: Sequence[Tensor], fill: float = 0.0) -> Tensor:

@@ -59,7 +59,9 @@ def answer(
             uniform_rows(seed, ("answer", start), limits),
             stop_ids=codec.stop_ids,
             pad_id=codec.pad_id,
-            sampling=Sampling(top_k=response.top_k, top_p=response.top_p, greedy=greedy),
+            sampling=Sampling.of(response, greedy=greedy),
+            slots=response.at_once,
+            text_of=codec.text_of,
         )
         rollouts.append(rollout)
         texts += [codec.text_of(ids) for ids in rollout.responses]

@@ -207,7 +207,7 @@ class RunningMoments:
         if scores.numel() == 0 or not bool(scores.isfinite().all()):
             raise ValueError("running moments need at least one score and finite ones only")
         batch = scores.double()
-        n = float(batch.numel())
+        n = batch.numel()
         mean, var = float(batch.mean()), float(batch.var(correction=0))
         total = self.count + n
         delta = mean - self.mean

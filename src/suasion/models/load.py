@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,16 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.activations import NewGELUActivation
 
 from suasion.core.errors import ConfigError, ModelError
 from suasion.core.files import atomic_folder, read_json, write_json
 from suasion.data.codec import Codec, Template
+from suasion.models.adapters import base_record, check_base, merged
+from suasion.models.quantised import WideHead, hold, loading_options, settle
 
 SIDECAR = "suasion.json"
-"""Beside a model's own files: the template it was trained with."""
+"""Beside a model's own files: the template it was trained with; of an adapter, what it lies on."""
 EOS = "<|endoftext|>"
 PAD = "<|pad|>"
 
@@ -44,6 +48,17 @@ def dtype_for(precision: str, device: torch.device) -> torch.dtype:
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if fast else torch.float32
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def rest_dtype(held: str, precision: str) -> torch.dtype:
+    """Type of the weights of a model that are not quantised: fp32, unless a frozen base is reduced.
+
+    What trains is in fp32, whatever the arithmetic; what is frozen may be in the type that the
+    arithmetic has anyway.
+    """
+    if held == "fp32":
+        return torch.float32
+    return torch.bfloat16 if held == "bf16" else dtype_for(precision, device_for_training())
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -98,22 +113,38 @@ def load_codec(source: str, template: str) -> Codec:
     return Codec(tokenizer, parsed, stop_ids, int(pad_id))
 
 
-def load_causal_lm(source: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_causal_lm(
+    source: str, dtype: torch.dtype = torch.float32, *, held: str = "fp32"
+) -> PreTrainedModel:
     """Load a causal language model; the adapter of an adapter folder is merged in memory.
 
+    Args:
+        source: Folder or Hub name.
+        dtype: Of the weights; of those that are not quantised, where some are.
+        held: How the linear layers are held; see `suasion.models.quantised`.
+
     Raises:
+        ConfigError: `held` cannot be had here.
         ModelError: the folder is missing, incomplete, or not such a model.
     """
-    return _load(AutoModelForCausalLM, source, dtype=dtype)
+    return _load(AutoModelForCausalLM, source, dtype, held)
 
 
-def load_reward_model(source: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_reward_model(
+    source: str, dtype: torch.dtype = torch.float32, *, held: str = "fp32"
+) -> PreTrainedModel:
     """Load a sequence-classification model with one score.
 
+    Args:
+        source: Folder or Hub name.
+        dtype: Of the weights; of those that are not quantised, where some are.
+        held: How the linear layers are held.
+
     Raises:
+        ConfigError: `held` cannot be had here.
         ModelError: the folder is missing or incomplete, or its scoring head is not in it.
     """
-    model = _load(AutoModelForSequenceClassification, source, dtype=dtype, heads=True)
+    model = _load(AutoModelForSequenceClassification, source, dtype, held, heads=True)
     if model.config.num_labels != 1:
         raise ModelError(
             f"{source}: a reward model gives one score, this one has {model.config.num_labels}",
@@ -122,16 +153,20 @@ def load_reward_model(source: str, dtype: torch.dtype = torch.float32) -> PreTra
     return model
 
 
-def new_reward_model(source: str, pad_id: int, dtype: torch.dtype, *, seed: int) -> PreTrainedModel:
+def new_reward_model(
+    source: str, pad_id: int, dtype: torch.dtype, *, seed: int, held: str = "fp32"
+) -> PreTrainedModel:
     """A sequence-classification model with one score on the trunk of a causal LM.
 
     The head starts from N(0, 1/sqrt(d + 1)) as in openai/lm-human-preferences@cbfd210b; the
-    library's own initialisation is far smaller and learns more slowly.
+    library's own initialisation is far smaller and learns more slowly. It is in fp32 always.
     """
-    model = _load(AutoModelForSequenceClassification, source, dtype=dtype, num_labels=1)
+    model = _load(AutoModelForSequenceClassification, source, dtype, held, num_labels=1)
     model.config.pad_token_id = pad_id
     model.config.problem_type = "regression"
     head = score_head(model)
+    if head.weight.dtype is not torch.float32:
+        head = WideHead.on(model, head)
     generator = torch.Generator().manual_seed(seed)
     spread = 1.0 / (head.in_features + 1) ** 0.5
     with torch.no_grad():
@@ -156,10 +191,13 @@ def score_head(model: Any) -> torch.nn.Linear:
 
 def save_model(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     """Write a plain transformers (or peft) folder with its tokenizer and template, atomically."""
+    told: dict[str, Any] = {"template": template}
+    if hasattr(model, "peft_config"):
+        told["base"] = base_record(model)
     with atomic_folder(folder) as partial:
         model.save_pretrained(partial, safe_serialization=True)
         tokenizer.save_pretrained(partial)
-        write_json(partial / SIDECAR, {"template": template})
+        write_json(partial / SIDECAR, told)
 
 
 def context_of(config: PretrainedConfig) -> int:
@@ -268,19 +306,30 @@ def fresh_causal_lm(
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    return model
+    return with_fused_activations(model)
 
 
-def _load(kind: Any, source: str, *, heads: bool = False, **options: Any) -> Any:
+def _load(
+    kind: Any,
+    source: str,
+    dtype: torch.dtype,
+    held: str = "fp32",
+    *,
+    heads: bool = False,
+    **options: Any,
+) -> Any:
     _require_folder(source)
     folder = Path(source)
-    adapter = folder / "adapter_config.json"
+    placed = loading_options(held, dtype, device_for_training())
     try:
-        if adapter.is_file():
-            return _load_adapter(kind, folder, **options)
-        model, report = kind.from_pretrained(
-            source, output_loading_info=True, use_safetensors=True, **options
-        )
+        if (folder / "adapter_config.json").is_file():
+            return hold(_load_adapter(kind, folder, **options).to(placed["dtype"]), held)
+        with warnings.catch_warnings():
+            # A folder that is quantised already decides how; `settle` looks whether it is so.
+            warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+            model, report = kind.from_pretrained(
+                source, output_loading_info=True, use_safetensors=True, **placed, **options
+            )
     except SafetensorError as error:
         raise ModelError(f"{source}: the weights are damaged ({_first_line(error)})") from error
     except (OSError, ValueError, KeyError, json.JSONDecodeError, RuntimeError) as error:
@@ -292,17 +341,33 @@ def _load(kind: Any, source: str, *, heads: bool = False, **options: Any) -> Any
             f"{source}: {len(lost)} weights are not in the folder, {lost[0]} for one",
             "they would have been drawn at random; save the model with all its heads",
         )
+    return settle(with_fused_activations(model), held)
+
+
+def with_fused_activations(model: Any) -> Any:
+    """Replace the GELU that some families spell out in eight operations by torch's single one.
+
+    The same formula; the spelt-out one costs a third of a small model's step (docs/benchmarks.md).
+    """
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is NewGELUActivation:
+                setattr(module, name, torch.nn.GELU(approximate="tanh"))
     return model
 
 
 def _load_adapter(kind: Any, folder: Path, **options: Any) -> Any:
+    """Base and adapter as one model in fp32, whatever the base was held in when it trained."""
     from peft import PeftModel
 
     base = read_json(folder / "adapter_config.json")["base_model_name_or_path"]
     if kind is AutoModelForSequenceClassification:
         options.setdefault("num_labels", 1)
-    model = PeftModel.from_pretrained(kind.from_pretrained(base, **options), str(folder))
-    return model.merge_and_unload(safe_merge=True)
+    held = check_base(folder, base)
+    plain = _load(kind, base, torch.float32, held, **options)
+    model = merged(PeftModel.from_pretrained(plain, str(folder)))
+    model.name_or_path = str(folder)  # an adapter put on this one lies on both
+    return model
 
 
 def _require_folder(source: str) -> None:

@@ -6,8 +6,9 @@ into logits, so that only response positions ever reach the vocabulary.
 
 from __future__ import annotations
 
-import copy
 import inspect
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +17,12 @@ from torch import Tensor, nn
 from suasion.core.errors import ModelError
 from suasion.core.records import TokenBatch
 from suasion.functional.logprobs import linear_logprobs
+from suasion.models.attention import can_pack, run_packed, spare_tokens
 from suasion.models.load import score_head
+from suasion.models.scope import AdapterScope
+
+KEPT_LOGITS = 1 << 26
+"""Bytes of logits that may be kept from forward to backward pass; more are computed twice."""
 
 
 class HiddenStates:
@@ -33,6 +39,7 @@ class HiddenStates:
         plain = model.get_base_model() if hasattr(model, "peft_config") else model
         self.trunk = plain.base_model
         self.takes_positions = "position_ids" in inspect.signature(self.trunk.forward).parameters
+        self.packs = can_pack(plain, self.trunk)
 
     @property
     def device(self) -> torch.device:
@@ -56,6 +63,28 @@ class HiddenStates:
         cache.setdefault("use_cache", False)
         return self.trunk(input_ids=ids, attention_mask=mask.long(), **cache)
 
+    def at(self, batch: TokenBatch, where: Tensor) -> Tensor:
+        """Hidden states at chosen positions, row by row.
+
+        Sequences run side by side without padding where the model allows it.
+
+        Args:
+            batch: Whole sequences.
+            where: Positions wanted, bool, [B, T].
+
+        Returns:
+            [N, D].
+        """
+        if not self.packs:
+            return self(batch.ids, batch.mask).last_hidden_state[where]
+        lengths = batch.mask.sum(-1).tolist()
+        ids, wanted = batch.ids[batch.mask], where[batch.mask]
+        spare = spare_tokens(len(ids))
+        if spare:
+            lengths.append(spare)
+            ids = torch.cat([ids, ids.new_zeros(spare)])
+        return run_packed(self.trunk, ids, lengths)[: len(wanted)][wanted]
+
 
 class Policy(HiddenStates):
     """A causal language model that answers and is trained.
@@ -63,16 +92,23 @@ class Policy(HiddenStates):
     Args:
         model: The model, with adapters or without; its dropout must be off.
         temperature: Logits are divided by it, in sampling and in every log-probability.
+        scope: Switches the model's adapters; the policy is the one that is active at rest.
     """
 
-    def __init__(self, model: Any, temperature: float) -> None:
+    def __init__(self, model: Any, temperature: float, scope: AdapterScope | None = None) -> None:
         super().__init__(model, model.get_output_embeddings())
         self.temperature = temperature
+        self.scope = scope
+        self.decoding_head: Tensor | None = None
         self._prove_head()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits divided by the temperature, in float32, [..., V]."""
-        return self.head(hidden).float() / self.temperature
+        if self.decoding_head is None:
+            return self.head(hidden).float() / self.temperature
+        head, bias = self.decoding_head, getattr(self.head, "bias", None)
+        found = nn.functional.linear(hidden.to(head.dtype), head, bias)
+        return found.float() / self.temperature
 
     def logprobs(
         self, batch: TokenBatch, *, with_entropy: bool = False
@@ -87,7 +123,7 @@ class Policy(HiddenStates):
             Log-probabilities [N] and entropies [N] (nats), and the hidden states [N, D] they came
             from, which a critic on the same trunk reads.
         """
-        hidden = self(batch.ids, batch.mask).last_hidden_state[batch.predicts]
+        hidden = self.at(batch, batch.predicts)
         found, entropy = linear_logprobs(
             hidden,
             self.head.weight,
@@ -95,12 +131,20 @@ class Policy(HiddenStates):
             batch.targets,
             self.temperature,
             with_entropy=with_entropy,
+            keep=torch.is_grad_enabled() and 4 * len(hidden) * len(self.head.weight) <= KEPT_LOGITS,
         )
         return found, entropy, hidden
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
-        """Parameters that learn, by name."""
+        """Parameters that learn as the policy's, by name: other adapters' learn too."""
+        if self.scope is not None:
+            return self.scope.parameters(self.scope.resting)
         return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+
+    @property
+    def module(self) -> nn.Module:
+        """What the policy trains and saves in checkpoints."""
+        return self.model if self.scope is None else Weights(self.trainable())
 
     def _prove_head(self) -> None:
         """Refuse a family whose logits are not the head of the hidden states (soft-capping)."""
@@ -120,46 +164,48 @@ class Policy(HiddenStates):
             )
 
 
-class Reference(Protocol):
-    """Gives the log-probabilities the policy is held to."""
+class AdapterStates(HiddenStates):
+    """A shared base seen through one of its adapters, with a head of its own.
 
-    def logprobs(self, batch: TokenBatch) -> Tensor:
-        """Log-probabilities of the response tokens, [N], without gradient."""
-        ...
+    Args:
+        model: The peft model.
+        head: The linear layer on the trunk.
+        scope: Switches the model's adapters.
+        adapter: The one this role computes with.
+    """
+
+    def __init__(self, model: Any, head: nn.Module, scope: AdapterScope, adapter: str) -> None:
+        super().__init__(model, head)
+        self.scope = scope
+        self.adapter = adapter
+
+    def __call__(self, ids: Tensor, mask: Tensor, **cache: Any) -> Any:
+        """Run the trunk with the adapter; see `HiddenStates`."""
+        with self.scope.use(self.adapter):
+            return super().__call__(ids, mask, **cache)
+
+    def at(self, batch: TokenBatch, where: Tensor) -> Tensor:
+        """Hidden states at chosen positions, [N, D], with the adapter; see `HiddenStates`."""
+        with self.scope.use(self.adapter):
+            return super().at(batch, where)
 
 
-class AdapterOffReference:
-    """The policy's own base, its adapters switched off: no second copy of the weights."""
+class Weights(nn.Module):
+    """Some parameters of a model as a module: to train, move and save them and no others.
 
-    def __init__(self, policy: Policy) -> None:
-        if not hasattr(policy.model, "disable_adapter"):
-            raise ModelError("a reference by switching adapters off needs a policy with adapters")
-        self._policy = policy
+    Args:
+        named: The parameters by name; they stay the model's own.
+        head: A layer beside them.
+    """
 
-    @torch.no_grad()
-    def logprobs(self, batch: TokenBatch) -> Tensor:
-        """Log-probabilities of the response tokens, [N]."""
-        with self._policy.model.disable_adapter():
-            return self._policy.logprobs(batch)[0]
-
-
-class FrozenReference:
-    """A model of its own that never changes."""
-
-    def __init__(self, model: Any, temperature: float) -> None:
-        model.requires_grad_(False)  # noqa: FBT003
-        model.eval()
-        self._policy = Policy(model, temperature)
-
-    @classmethod
-    def copy_of(cls, policy: Policy) -> FrozenReference:
-        """Freeze a copy of the policy as it is now."""
-        return cls(copy.deepcopy(policy.model), policy.temperature)
-
-    @torch.no_grad()
-    def logprobs(self, batch: TokenBatch) -> Tensor:
-        """Log-probabilities of the response tokens, [N]."""
-        return self._policy.logprobs(batch)[0]
+    def __init__(
+        self, named: Iterable[tuple[str, nn.Parameter]], head: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        for name, parameter in named:
+            self.register_parameter(name.replace(".", "/"), parameter)  # a dot would nest
+        if head is not None:
+            self.head = head
 
 
 class Critic(Protocol):
@@ -169,6 +215,10 @@ class Critic(Protocol):
     """Whether it reads the policy's hidden states instead of running a model of its own."""
     module: nn.Module
     """What it trains and saves."""
+
+    def turn(self) -> AbstractContextManager[None]:
+        """What must hold around a forward pass with gradient and its backward pass."""
+        ...
 
     def values(self, batch: TokenBatch, hidden: Tensor) -> Tensor:
         """Values before each response token, [N]; `hidden` [N, D] are the policy's."""
@@ -188,6 +238,10 @@ class TrunkCritic:
         self.module: Any = nn.Linear(hidden_size, 1)
         nn.init.zeros_(self.module.weight)
         nn.init.zeros_(self.module.bias)
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Nothing: the policy's hidden states are there."""
+        return nullcontext()
 
     def values(self, batch: TokenBatch, hidden: Tensor) -> Tensor:
         """Values before each response token, [N]."""
@@ -212,10 +266,37 @@ class ModelCritic:
         plain = model.get_base_model() if hasattr(model, "peft_config") else model
         self._states = HiddenStates(model, score_head(plain))
 
+    def turn(self) -> AbstractContextManager[None]:
+        """Nothing: its weights are its own."""
+        return nullcontext()
+
     def values(self, batch: TokenBatch, hidden: Tensor) -> Tensor:
         """Values before each response token, [N]."""
-        own = self._states(batch.ids, batch.mask).last_hidden_state[batch.predicts]
-        return self._states.head(own).squeeze(-1)
+        return self._states.head(self._states.at(batch, batch.predicts)).squeeze(-1)
+
+
+class AdapterCritic:
+    """An adapter on the policy's base with a scalar head, usually begun as the reward model's.
+
+    Args:
+        states: The base through the critic's adapter.
+    """
+
+    on_trunk = False
+
+    def __init__(self, states: AdapterStates) -> None:
+        self.states = states
+        self.module: nn.Module = Weights(states.scope.parameters(states.adapter), states.head)
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Its adapter is the active one."""
+        return self.states.scope.use(self.states.adapter)
+
+    def values(self, batch: TokenBatch, hidden: Tensor) -> Tensor:
+        """Values before each response token, [N]."""
+        own = self.states.at(batch, batch.predicts)
+        found: Tensor = self.states.head(own.to(self.states.head.weight.dtype)).squeeze(-1)
+        return found
 
 
 def hidden_size_of(policy: Policy) -> int:

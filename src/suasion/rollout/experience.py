@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from suasion.core.ranks import ALONE, EachRow
 from suasion.core.records import Rollout, TokenBatch, padded, token_batch
 from suasion.functional import kl as kl_estimators
 from suasion.functional.masking import length_mask, whiten
 from suasion.functional.rewards import token_rewards
-from suasion.models.roles import Critic, Policy, Reference
+from suasion.models.references import Reference
+from suasion.models.roles import Critic, Policy
 
 Estimate = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(rewards, values, mask), all [B, R] -> (advantages, returns), both [B, R]."""
@@ -46,6 +50,8 @@ class Experience:
     """Targets of the critic, [B, R]."""
     kl_coef: float
     """Weight of the penalty inside `rewards`."""
+    loss_kl_coef: float = 0.0
+    """Weight of the penalty in the loss, where that is its place."""
 
     def __len__(self) -> int:
         return len(self.responses)
@@ -95,6 +101,8 @@ def build_experience(
     batch_tokens: int,
     penalty: Penalty = kl_estimators.k1,
     counts: Sequence[Tensor] | None = None,
+    loss_kl_coef: float = 0.0,
+    each_row: EachRow = ALONE.each_row,
 ) -> Experience:
     """Score each token: reference, values, rewards, advantages.
 
@@ -116,24 +124,20 @@ def build_experience(
         penalty: What `kl_coef` weighs.
         counts: For each response, False at tokens the policy did not choose (a tool's output), bool
             [length]; None: it chose all of them.
+        loss_kl_coef: Weight of a penalty in the loss, handed on to it.
+        each_row: Spreads the forward passes over processes.
     """
     device = policy.device
     logprobs = padded(rollout.logprobs).to(device)
     lengths = torch.tensor([len(response) for response in rollout.responses], device=device)
     mask = length_mask(lengths, logprobs.shape[1])
-    values = padded(rollout.values).to(device) if rollout.values else torch.zeros_like(logprobs)
-    ref_logprobs = logprobs.clone()
-    if reference is not None or not rollout.values:
-        totals = [len(q) + len(r) for q, r in zip(rollout.queries, rollout.responses, strict=True)]
-        for rows in token_budget(totals, batch_tokens):
-            batch = token_batch(
-                [rollout.queries[i] for i in rows], [rollout.responses[i] for i in rows], pad_id
-            ).to(device)
-            if reference is not None:
-                _place(ref_logprobs, rows, mask, reference.logprobs(batch))
-            if not rollout.values:
-                hidden = policy.logprobs(batch)[2] if critic.on_trunk else torch.empty(0)
-                _place(values, rows, mask, critic.values(batch, hidden))
+    known = partial(
+        _token_estimates, rollout, policy, reference, critic, pad_id=pad_id, budget=batch_tokens
+    )
+    with reference.present() if reference else nullcontext():
+        found = each_row(len(rollout), known)
+    ref_logprobs = padded([of_reference for of_reference, _ in found]).to(device)
+    values = padded([of_critic for _, of_critic in found]).to(device)
     if counts is not None:
         mask = mask & padded(counts).bool().to(device)
     penalties = penalty(logprobs, ref_logprobs)
@@ -153,11 +157,43 @@ def build_experience(
         advantages * mask,
         returns * mask,
         kl_coef,
+        loss_kl_coef,
     )
 
 
-def _place(into: Tensor, rows: list[int], mask: Tensor, flat: Tensor) -> None:
-    """Write the response tokens of `rows`, one after the other in `flat`, to where they belong."""
-    block = into[rows]
-    block[mask[rows]] = flat.to(into.dtype)
-    into[rows] = block
+def _token_estimates(
+    rollout: Rollout,
+    policy: Policy,
+    reference: Reference | None,
+    critic: Critic,
+    rows: Sequence[int],
+    *,
+    pad_id: int,
+    budget: int,
+) -> list[tuple[Tensor, Tensor]]:
+    """For each of `rows` the reference's log-probabilities and the critic's values, [length]."""
+    r = rollout
+    found = {
+        i: (r.logprobs[i], r.values[i] if r.values else torch.zeros_like(r.logprobs[i]))
+        for i in rows
+    }
+    if reference is None and r.values:
+        return list(found.values())
+    totals = [len(q) + len(a) for q, a in zip(r.queries, r.responses, strict=True)]
+    for part in token_budget(totals, budget, rows):
+        batch = token_batch([r.queries[i] for i in part], [r.responses[i] for i in part], pad_id)
+        batch = batch.to(policy.device)
+        lengths = [len(r.responses[i]) for i in part]
+        of_reference, of_critic = zip(*(found[i] for i in part), strict=True)
+        if reference is not None:
+            of_reference = _like(r.logprobs[part[0]], reference.logprobs(batch)).split(lengths)
+        if not r.values:
+            hidden = policy.logprobs(batch)[2] if critic.on_trunk else torch.empty(0)
+            of_critic = _like(r.logprobs[part[0]], critic.values(batch, hidden)).split(lengths)
+        found |= zip(part, zip(of_reference, of_critic, strict=True), strict=True)
+    return [found[i] for i in rows]
+
+
+def _like(example: Tensor, found: Tensor) -> Tensor:
+    """On the device and in the type of the rollout's own figures."""
+    return found.to(example.device, example.dtype)

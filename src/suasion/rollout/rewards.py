@@ -45,12 +45,20 @@ class RewardModel:
         model: The model.
         codec: Its own tokenizer and template.
         batch_tokens: Most tokens, padding included, in one forward pass.
+        states: How to run it, where it is an adapter on another role's base.
     """
 
-    def __init__(self, model: Any, codec: Codec, batch_tokens: int = 8192) -> None:
-        self._model = model.eval()
+    def __init__(
+        self,
+        model: Any,
+        codec: Codec,
+        batch_tokens: int = 8192,
+        *,
+        states: HiddenStates | None = None,
+    ) -> None:
+        self.model = model.eval()
         plain = model.get_base_model() if hasattr(model, "peft_config") else model
-        self._states = HiddenStates(model, score_head(plain))
+        self._states = states or HiddenStates(model, score_head(plain))
         self.codec = codec
         self._batch_tokens = batch_tokens
         self._context = context_of(plain.config)
@@ -76,9 +84,8 @@ class RewardModel:
             batch = token_batch(
                 [rows[i][0] for i in chunk], [rows[i][1] for i in chunk], self.codec.pad_id
             ).to(self._states.device)
-            last = batch.mask.sum(-1) - 1
-            hidden = self._states(batch.ids, batch.mask).last_hidden_state
-            found = self._states.head(hidden[torch.arange(len(chunk)), last]).squeeze(-1)
+            hidden = self._states.at(batch, batch.ends).to(self._states.head.weight.dtype)
+            found = self._states.head(hidden).squeeze(-1)
             for i, score in zip(chunk, found.float().tolist(), strict=True):
                 scores[i] = score
         return scores

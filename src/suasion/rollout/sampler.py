@@ -1,4 +1,4 @@
-"""Sampling responses: prefill once, then one token at a time; rows that ended leave the batch.
+"""Sampling responses: prefill once, then one token at a time; what ended leaves the batch.
 
 Each prompt has its own stream of uniform numbers, so a response does not depend on which other
 prompts are in the batch or in what order. Log-probabilities (and the values of a critic on the
@@ -12,10 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from suasion.config.schema import ResponseConfig
 from suasion.core.records import Rollout
 from suasion.models.roles import Policy
+from suasion.rollout.decoders import Decoder, PaddedDecoder, SlotDecoder
+from suasion.rollout.weights import decoding_weights
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,29 @@ class Sampling:
     """Keep the likeliest tokens up to this mass."""
     greedy: bool = False
     """Take the likeliest token instead of drawing."""
+    min_tokens: int = 0
+    """No stop token is drawn before a response has this many."""
+    stop_strings: tuple[str, ...] = ()
+    """A response ends with the token that completes one of these."""
+
+    @classmethod
+    def of(cls, response: ResponseConfig, *, greedy: bool = False) -> Sampling:
+        """As configured."""
+        return cls(
+            top_k=response.top_k,
+            top_p=response.top_p,
+            greedy=greedy,
+            min_tokens=response.min_tokens,
+            stop_strings=response.stop_strings,
+        )
 
     @property
     def alters_distribution(self) -> bool:
-        """Whether samples follow another distribution than the log-probabilities describe."""
-        return self.greedy or self.top_k > 0 or self.top_p < 1.0
+        """Whether samples follow another distribution than the log-probabilities describe.
+
+        Stop strings do not: they end a response, and change the chance of no token.
+        """
+        return self.greedy or self.top_k > 0 or self.top_p < 1.0 or self.min_tokens > 0
 
 
 @torch.no_grad()
@@ -46,6 +66,8 @@ def sample(
     pad_id: int,
     sampling: Sampling | None = None,
     value: Callable[[Tensor], Tensor] | None = None,
+    slots: int = 256,
+    text_of: Callable[[list[int]], str] | None = None,
 ) -> Rollout:
     """Sample one response for each query.
 
@@ -55,110 +77,120 @@ def sample(
         limits: Longest response of each query, tokens.
         uniforms: For each query, at least `limits` numbers in [0, 1), float64.
         stop_ids: Tokens that end a response.
-        pad_id: Fills shorter prompts on the left; may equal a stop token.
+        pad_id: Fills shorter prompts on the left where the model needs padding; may equal a stop
+            token.
         sampling: How tokens are drawn; None draws from the full distribution.
         value: Turns hidden states [n, D] into values [n]; None leaves values out.
+        slots: Responses decoded at the same time; the others wait for a place.
+        text_of: Turns response tokens into text; needed for stop strings.
 
     Returns:
         Responses in the order of the queries, with log-probabilities under the full distribution.
     """
-    decoding = _Decoding(policy, queries, limits, uniforms, stop_ids, sampling or Sampling(), value)
-    decoding.prefill(pad_id)
-    while decoding.step():
-        pass
-    return decoding.result()
+    sampling = sampling or Sampling()
+    record = _Record(queries, limits, uniforms, stop_ids, policy.device, sampling, text_of)
+    decoder: Decoder = (
+        SlotDecoder(policy, queries, limits, slots)
+        if policy.packs
+        else PaddedDecoder(policy, queries, pad_id)
+    )
+    with decoding_weights(policy):
+        _decode(policy, decoder, record, value)
+    return record.result()
 
 
-class _Decoding:
-    """The rows still being decoded, and what was sampled so far."""
+def _decode(
+    policy: Policy, decoder: Decoder, record: _Record, value: Callable[[Tensor], Tensor] | None
+) -> None:
+    """Draw and run, token by token, until nothing goes on."""
+    rows, hidden = decoder.start()
+    while len(rows):
+        probs = policy.logits(hidden).softmax(-1)
+        token = record.draw(rows, probs)
+        values = None if value is None else value(hidden).float()
+        live = record.add(rows, token, probs.gather(-1, token[:, None])[:, 0].log(), values)
+        rows, hidden = decoder.advance(token, live)
+
+
+class _Record:
+    """What was sampled so far. Rows are numbers of queries."""
 
     def __init__(
         self,
-        policy: Policy,
         queries: Sequence[Sequence[int]],
         limits: Sequence[int],
         uniforms: Sequence[Tensor],
         stop_ids: Sequence[int],
+        device: torch.device,
         sampling: Sampling,
-        value: Callable[[Tensor], Tensor] | None,
+        text_of: Callable[[list[int]], str] | None,
     ) -> None:
-        self.policy = policy
+        count, longest = len(queries), max(limits)
         self.queries = [list(query) for query in queries]
         self.sampling = sampling
-        self.value = value
-        device = policy.device
-        count, longest = len(queries), max(limits)
+        self.text_of = text_of
         self.limits = torch.tensor(list(limits), device=device)
         self.uniforms = torch.stack(
             [row[:longest] if len(row) >= longest else _extend(row, longest) for row in uniforms]
         ).to(device)
         self.stops = torch.tensor(list(stop_ids), device=device)
-        self.cache = DynamicCache(config=policy.model.config)
-        self.rows = torch.arange(count, device=device)
-        self.live = torch.ones(count, dtype=torch.bool, device=device)
-        self.time = 0
         self.tokens = torch.zeros(count, longest, dtype=torch.long, device=device)
         self.logprobs = torch.zeros(count, longest, device=device)
-        self.values = torch.zeros(count, longest, device=device)
+        self.values: Tensor | None = None
         self.lengths = torch.zeros(count, dtype=torch.long, device=device)
-        self.finished = torch.zeros(count, dtype=torch.bool, device=device)
+        self.stopped = torch.zeros(count, dtype=torch.bool, device=device)
+        self.by_string = torch.zeros(count, dtype=torch.bool, device=device)
 
-    def prefill(self, pad_id: int) -> None:
-        """Run the prompts, padded on the left, and keep the last hidden state of each."""
-        device = self.policy.device
-        longest = max(len(query) for query in self.queries)
-        ids = torch.full((len(self.queries), longest), pad_id, device=device)
-        self.mask = torch.zeros(ids.shape, dtype=torch.bool, device=device)
-        for row, query in enumerate(self.queries):
-            ids[row, longest - len(query) :] = torch.tensor(query, device=device)
-            self.mask[row, longest - len(query) :] = True
-        out = self.policy(ids, self.mask, past_key_values=self.cache, use_cache=True)
-        self.hidden = out.last_hidden_state[:, -1]
+    def draw(self, rows: Tensor, probs: Tensor) -> Tensor:
+        """The next token of each row, [n]."""
+        at = self.lengths[rows]
+        if self.sampling.min_tokens:
+            early = at < self.sampling.min_tokens
+            probs = probs.clone()
+            probs[:, self.stops] = probs[:, self.stops].masked_fill(early[:, None], 0.0)
+        return draw(probs, self.uniforms[rows, at], self.sampling)
 
-    def step(self) -> bool:
-        """Draw the next token of every row; False once all have ended."""
-        logits = self.policy.logits(self.hidden)
-        logprobs = logits.log_softmax(-1)
-        token = _draw(logprobs, self.uniforms[self.rows, self.time], self.sampling)
-        writing, at = self.rows[self.live], self.time
-        self.tokens[writing, at] = token[self.live]
-        self.logprobs[writing, at] = logprobs.gather(-1, token[:, None])[self.live, 0]
-        if self.value is not None:
-            self.values[writing, at] = self.value(self.hidden)[self.live].float()
-        self.time += 1
-        self.lengths[writing] = self.time
-        stopped = torch.isin(token, self.stops)
-        self.finished[self.rows[self.live & stopped]] = True
-        self.live = self.live & ~stopped & (self.limits[self.rows] > self.time)
-        if not self.live.any():
-            return False
-        token = self._compact(token)
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.rows), 1)], dim=1)
-        out = self.policy(token[:, None], self.mask, past_key_values=self.cache, use_cache=True)
-        self.hidden = out.last_hidden_state[:, -1]
-        return True
+    def add(self, rows: Tensor, token: Tensor, logprobs: Tensor, values: Tensor | None) -> Tensor:
+        """Write one token of each row; whether the row goes on, bool, [n]."""
+        at = self.lengths[rows]
+        self.tokens[rows, at] = token
+        self.logprobs[rows, at] = logprobs
+        if values is not None:
+            if self.values is None:
+                self.values = torch.zeros_like(self.logprobs)
+            self.values[rows, at] = values
+        self.lengths[rows] = at + 1
+        self.stopped[rows] = torch.isin(token, self.stops)
+        if self.sampling.stop_strings:
+            self._look_for_strings(rows)
+        return ~self.stopped[rows] & ~self.by_string[rows] & (at + 1 < self.limits[rows])
 
-    def _compact(self, token: Tensor) -> Tensor:
-        """Drop ended rows once they are a quarter of the batch: copying the cache costs too."""
-        if int(self.live.sum()) > 0.75 * len(self.rows):
-            return token
-        keep = self.live.nonzero().squeeze(-1)
-        self.cache.batch_select_indices(keep)
-        self.rows, self.mask, self.live = self.rows[keep], self.mask[keep], self.live[keep]
-        return token[keep]
+    def _look_for_strings(self, rows: Tensor) -> None:
+        """Look at the end of each text: a stop string has at most a token per byte."""
+        assert self.text_of is not None
+        longest = max(len(string.encode()) for string in self.sampling.stop_strings)
+        for row in rows.tolist():
+            end = int(self.lengths[row])
+            tail = self.text_of(self.tokens[row, max(0, end - longest - 1) : end].tolist())
+            self.by_string[row] = any(string in tail for string in self.sampling.stop_strings)
 
     def result(self) -> Rollout:
         """What was sampled, row by row."""
         lengths = self.lengths.tolist()
-        tokens, logprobs, values = self.tokens.cpu(), self.logprobs.cpu(), self.values.cpu()
+        tokens, logprobs = self.tokens.cpu(), self.logprobs.cpu()
+        values = None if self.values is None else self.values.cpu()
+        ends = zip(self.stopped.tolist(), self.by_string.tolist(), strict=True)
+        reasons = ["stop" if s else "stop string" if t else "length" for s, t in ends]
         return Rollout(
             queries=self.queries,
             responses=[tokens[row, :length].tolist() for row, length in enumerate(lengths)],
-            finished=self.finished.tolist(),
+            finished=[reason != "length" for reason in reasons],
             logprobs=[logprobs[row, :length].clone() for row, length in enumerate(lengths)],
             values=None
-            if self.value is None
+            if values is None
             else [values[row, :length].clone() for row, length in enumerate(lengths)],
+            reasons=reasons,
+            altered=self.sampling.alters_distribution,
         )
 
 
@@ -167,24 +199,23 @@ def _extend(row: Tensor, length: int) -> Tensor:
     return torch.cat([row, row.new_zeros(length - len(row))])
 
 
-def _draw(logprobs: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
+def draw(probs: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     """Tokens by inverting the cumulative distribution, [n, V] and [n] -> [n].
 
-    In float64: over a large vocabulary a float32 sum is off by more than rare tokens weigh.
+    In float64: over a large vocabulary a float32 sum is off by more than rare tokens weigh. The
+    threshold stays below the total, so that the sum passes it, and at a token of some weight.
     """
     if sampling.greedy:
-        return logprobs.argmax(-1)
-    probs = _filtered(logprobs, sampling).double()
-    cumulative = probs.cumsum(-1)
-    threshold = uniform[:, None] * cumulative[:, -1:]
-    drawn = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
-    last = logprobs.shape[-1] - 1 - (probs > 0).flip(-1).int().argmax(-1)
-    return torch.minimum(drawn, last)
+        return probs.argmax(-1)
+    cumulative = _filtered(probs, sampling).cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1]
+    below = torch.nextafter(total, torch.zeros_like(total))
+    threshold = torch.minimum(uniform * total, below)
+    return torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(-1)
 
 
-def _filtered(logprobs: Tensor, sampling: Sampling) -> Tensor:
+def _filtered(probs: Tensor, sampling: Sampling) -> Tensor:
     """Probabilities after top-k and top-p, not normalised."""
-    probs = logprobs.exp()
     if sampling.top_k:
         kth = probs.topk(min(sampling.top_k, probs.shape[-1]), dim=-1).values[:, -1:]
         probs = probs * (probs >= kth)

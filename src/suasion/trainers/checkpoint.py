@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def save_checkpoint(
     optimizer_state = optimizer.state_dict()
     plain: dict[str, dict[str, Any]] = {}
     for index, entries in optimizer_state["state"].items():
-        for key, value in entries.items():
+        for key, value in _flat(entries):
             if isinstance(value, Tensor):
                 tensors[f"optimizer/{index}/{key}"] = value.detach().contiguous().clone()
             else:
@@ -107,13 +107,13 @@ def _load(
         raise DataError("its contents do not match their checksum")
     tensors = load_file(path / "state.safetensors")
     states: dict[int, dict[str, Any]] = {
-        int(index): dict(entries) for index, entries in stored["optimizer"]["plain"].items()
+        int(index): _deep(entries) for index, entries in stored["optimizer"]["plain"].items()
     }
     for key, tensor in tensors.items():
         room, _, rest = key.partition("/")
         if room == "optimizer":
             index, _, name = rest.partition("/")
-            states.setdefault(int(index), {})[name] = tensor
+            _put(states.setdefault(int(index), {}), name, tensor)
     for name, module in modules.items():
         learned = _learned(module)
         with torch.no_grad():
@@ -126,12 +126,39 @@ def _load(
     return {"step": int(stored["step"]), **stored["state"]}
 
 
+def _flat(entries: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """A parameter's state by path; that of 8-bit optimizers has mappings inside."""
+    for key, value in entries.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{above}{key}/")
+        else:
+            yield f"{above}{key}", value
+
+
+def _put(entries: dict[str, Any], path: str, value: Any) -> None:
+    *above, key = path.split("/")
+    for name in above:
+        entries = entries.setdefault(name, {})
+    entries[key] = value
+
+
+def _deep(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """What `_flat` took apart."""
+    found: dict[str, Any] = {}
+    for path, value in entries.items():
+        _put(found, path, value)
+    return found
+
+
 def _learned(module: nn.Module) -> dict[str, Tensor]:
     """Parameters that learn, each once (tied weights share one entry)."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def _is_plain(value: Any) -> bool:
+    """Whether JSON gives it back as it was; a schedule made of schedules has nested states."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(inner) for key, inner in value.items())
     if isinstance(value, list):
         return all(_is_plain(inner) for inner in value)
     return isinstance(value, int | float | str | bool | None)

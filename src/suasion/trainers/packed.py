@@ -1,4 +1,4 @@
-"""Packed blocks as a dataset for the Trainer."""
+"""Packed blocks as a dataset for the Trainer, and the language-modelling loss on them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from suasion.core.errors import ConfigError
+from suasion.core.records import TokenBatch
+from suasion.models.roles import Policy
 
 
 class Blocks(Dataset[torch.Tensor]):
@@ -26,9 +28,20 @@ class Blocks(Dataset[torch.Tensor]):
 
     @staticmethod
     def collate(rows: list[torch.Tensor]) -> dict[str, Any]:
-        """A batch whose labels are its inputs; the model shifts them."""
-        ids = torch.stack(rows)
-        return {"input_ids": ids, "labels": ids, "use_cache": False}
+        """One batch, [B, block]."""
+        return {"input_ids": torch.stack(rows)}
+
+
+def causal_lm_loss(policy: Policy, batch: dict[str, Any]) -> torch.Tensor:
+    """Mean negative log-likelihood of every token of a block but the first, nats.
+
+    The same chunked log-probabilities as in the policy's update: no logits of all positions.
+    """
+    ids = batch["input_ids"]
+    everywhere = torch.ones_like(ids, dtype=torch.bool)
+    predicts = everywhere.clone()
+    predicts[:, -1] = False
+    return -policy.logprobs(TokenBatch(ids, everywhere, predicts))[0].mean()
 
 
 def check_block(block: int, context: int) -> None:

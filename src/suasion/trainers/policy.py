@@ -12,16 +12,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from suasion.functional import statistics
 from suasion.functional.masking import masked_sum, whiten
 from suasion.models.roles import Critic, Policy
-from suasion.rollout.experience import Experience, token_budget
+from suasion.rollout.experience import Experience, Penalty, token_budget
 
 STOP_FACTOR = 1.5
 """Updates stop when the policy moved by this many times `kl_stop` (huggingface/trl@v0.11.4
 trl/trainer/ppo_trainer.py, `_early_stop`)."""
+
+ALIKE = 1e-4
+"""Returns within this share of their size differ by the rounding of log-probabilities."""
 
 PolicyLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(logprobs, old_logprobs, advantages), all [N] -> loss per token [N]."""
@@ -31,11 +34,25 @@ Observer = Callable[[dict[str, Tensor]], None]
 """Sees each mini-batch's values per token by name, all [N]: advantages, new, old, returns, ..."""
 SumOverRanks = Callable[[Tensor], Tensor]
 """Adds a tensor up over all processes; each of them calls it equally often, in the same order."""
+OwnRows = Callable[[Sequence[int]], Sequence[int]]
+"""A mini-batch's rows -> those of them that this process works on; may be none."""
+AllTokens = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+"""Values per token by name -> the same of all processes, as far as statistics are to see them."""
 
 
 def one_rank(tensor: Tensor) -> Tensor:
     """The sum over a single process."""
     return tensor
+
+
+def all_rows(rows: Sequence[int]) -> Sequence[int]:
+    """The rows of a process that shares them with no other."""
+    return rows
+
+
+def own_tokens(tokens: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Statistics that see what this process did."""
+    return tokens
 
 
 @dataclass(frozen=True)
@@ -56,6 +73,8 @@ class UpdateSettings:
     """Weight of the entropy bonus."""
     clip: float = 0.2
     """Clip range of the ratio, for the statistics; the loss has its own."""
+    clip_high: float | None = None
+    """How far it may rise, where that is not how far it may fall."""
     value_clip: float | None = 0.2
     """Clip range of the values, for the statistics."""
     whiten_mini_batches: bool = False
@@ -68,22 +87,17 @@ class UpdateSettings:
 
 
 @dataclass
-class _Sums:
-    """Token sums of one mini-batch, gathered over its micro-batches."""
+class _Seen:
+    """Values per token of one mini-batch, gathered over its micro-batches."""
 
-    tokens: int
-    """Of this process."""
     parts: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def add(self, **values: Tensor) -> None:
         for name, value in values.items():
             self.parts.setdefault(name, []).append(value.detach().float())
 
-    def all(self, name: str) -> Tensor:
-        return torch.cat(self.parts[name])
-
-    def mean(self, name: str) -> float:
-        return float(self.all(name).sum() / self.tokens)
+    def all(self) -> dict[str, Tensor]:
+        return {name: torch.cat(values) for name, values in self.parts.items()}
 
 
 class PolicyTrainer:
@@ -99,8 +113,12 @@ class PolicyTrainer:
         settings: The numbers.
         pad_id: Fills batches.
         autocast: Gives the context of each forward pass, for reduced precision.
-        sum_over_ranks: Adds up over processes, each of which has its own experience of equally many
-            responses; gradients are then those of all their tokens together.
+        loss_penalty: A penalty in the loss, weighed by the experience's `loss_kl_coef`.
+        sum_over_ranks: Adds up over processes; gradients are then those of all their tokens
+            together.
+        own_rows: Which rows of a mini-batch this process works on, where the processes have one
+            experience together. By default all: each has an experience of its own.
+        all_tokens: Gives statistics the values of all processes.
     """
 
     def __init__(
@@ -115,7 +133,10 @@ class PolicyTrainer:
         *,
         pad_id: int,
         autocast: Callable[[], Any],
+        loss_penalty: Penalty | None = None,
         sum_over_ranks: SumOverRanks = one_rank,
+        own_rows: OwnRows = all_rows,
+        all_tokens: AllTokens = own_tokens,
     ) -> None:
         self.policy = policy
         self.critic = critic
@@ -126,7 +147,10 @@ class PolicyTrainer:
         self.settings = settings
         self.pad_id = pad_id
         self.autocast = autocast
+        self.loss_penalty = loss_penalty
         self.sum_over_ranks = sum_over_ranks
+        self.own_rows = own_rows
+        self.all_tokens = all_tokens
 
     def optimise(
         self,
@@ -188,50 +212,79 @@ class PolicyTrainer:
         if s.whiten_mini_batches:
             advantages = whiten(advantages, mask)
         position = {row: at for at, row in enumerate(rows)}
-        sums = _Sums(int(mask.sum()))
-        tokens = int(self.sum_over_ranks(mask.sum()))
+        own = self.own_rows(rows)
+        seen = _Seen()
+        tokens = int(self.sum_over_ranks(experience.mask[list(own)].sum()))
         self.optimizer.zero_grad(set_to_none=True)
-        for part in token_budget(experience.lengths, s.micro_batch_tokens, rows):
+        for part in token_budget(experience.lengths, s.micro_batch_tokens, own):
             at = [position[row] for row in part]
-            loss = self._micro_loss(experience, part, advantages[at], sums, critic_only=critic_only)
-            (loss / tokens).backward()
-        stats = self._statistics(sums)
+            self._backward(experience, part, advantages[at], seen, tokens, critic_only=critic_only)
+        values = self.all_tokens(seen.all())
+        stats = self._statistics(values, experience.loss_kl_coef)
         if observe is not None:
-            observe({name: sums.all(name) for name in sums.parts})
+            observe(values)
         # The processes decide together, or their weights part for ever.
         deciding = ("ppo/policy/policykl", "ppo/policy/ratio")
-        summed = mask.new_tensor([stats[k] * sums.tokens for k in deciding], dtype=torch.float64)
-        stats |= zip(deciding, (self.sum_over_ranks(summed) / tokens).tolist(), strict=True)
+        count = len(values["new"])
+        summed = mask.new_tensor(
+            [*(stats[k] * count for k in deciding), count], dtype=torch.float64
+        )
+        *sums, counted = self.sum_over_ranks(summed).tolist()
+        stats |= {name: total / counted for name, total in zip(deciding, sums, strict=True)}
         too_far = s.kl_stop is not None and stats["ppo/policy/policykl"] > STOP_FACTOR * s.kl_stop
         broken = stats["ppo/policy/ratio"] > s.ratio_limit
         stats["ppo/skipped"] = float(too_far or broken)
         stats["ppo/grad_norm"] = self._apply(skip=too_far or broken)
         return stats
 
-    def _micro_loss(
+    def _backward(
         self,
         experience: Experience,
         rows: list[int],
         advantages: Tensor,
-        sums: _Sums,
+        seen: _Seen,
+        tokens: int,
         *,
         critic_only: bool,
-    ) -> Tensor:
-        """Summed loss of a micro-batch."""
+    ) -> None:
+        """Gradients of a micro-batch.
+
+        A critic of its own has its turn when the policy's backward pass is done: only one of the
+        two has activations at a time, and on a shared base only one may be active.
+        """
         s = self.settings
         mask = experience.mask[rows]
         old, old_values = experience.logprobs[rows][mask], experience.values[rows][mask]
         returns, gains = experience.returns[rows][mask], advantages[mask]
         batch = experience.batch(rows, self.pad_id).to(mask.device)
-        with self.autocast():
+        with self.autocast(), torch.set_grad_enabled(not critic_only):
             new, entropy, hidden = self.policy.logprobs(batch, with_entropy=True)
-            values = self.critic.values(batch, hidden.detach() if critic_only else hidden).float()
         assert entropy is not None
+        everything = torch.ones_like(new, dtype=torch.bool)
         policy_loss = self.policy_loss(new, old, gains)
-        value_loss = self.value_loss(values, old_values, returns)
-        sums.add(
+        kl_loss = torch.zeros_like(new)
+        if self.loss_penalty is not None:
+            kl_loss = self.loss_penalty(new, experience.ref_logprobs[rows][mask])
+        loss = policy_loss.new_zeros(())
+        if not critic_only:
+            loss = masked_sum(policy_loss, everything)
+            if s.entropy_coef:
+                loss = loss - s.entropy_coef * masked_sum(entropy, everything)
+            if experience.loss_kl_coef:
+                loss = loss + experience.loss_kl_coef * masked_sum(kl_loss, everything)
+            if not self.critic.on_trunk:
+                (loss / tokens).backward()
+                loss, hidden = loss.detach(), hidden.detach()
+        with self.critic.turn():
+            with self.autocast():
+                values = self.critic.values(batch, hidden).float()
+            value_loss = self.value_loss(values, old_values, returns)
+            loss = loss + s.value_coef * masked_sum(value_loss, everything)
+            (loss / tokens).backward()
+        seen.add(
             policy_loss=policy_loss,
             value_loss=value_loss,
+            kl_loss=kl_loss,
             entropy=entropy,
             new=new,
             old=old,
@@ -240,23 +293,15 @@ class PolicyTrainer:
             old_values=old_values,
             returns=returns,
         )
-        everything = torch.ones_like(new, dtype=torch.bool)
-        loss = s.value_coef * masked_sum(value_loss, everything)
-        if critic_only:
-            return loss
-        loss = loss + masked_sum(policy_loss, everything)
-        return loss - s.entropy_coef * masked_sum(entropy, everything) if s.entropy_coef else loss
 
     def _apply(self, *, skip: bool) -> float:
         """Clip and step; the policy's and a separate critic's gradients are clipped apart."""
-        groups = [list(self.policy.model.parameters())]
+        groups = [[parameter for _, parameter in self.policy.trainable()]]
         if self.critic.on_trunk:
             groups[0] += list(self.critic.module.parameters())
         else:
             groups.append(list(self.critic.module.parameters()))
-        for parameter in itertools.chain(*groups):
-            if parameter.grad is not None:
-                parameter.grad = self.sum_over_ranks(parameter.grad)
+        self._sum_gradients(list(itertools.chain(*groups)))
         norms = [
             float(torch.nn.utils.clip_grad_norm_(group, self.settings.max_grad_norm))
             for group in groups
@@ -267,19 +312,30 @@ class PolicyTrainer:
             self.optimizer.step()
         return norms[0]
 
-    def _statistics(self, sums: _Sums) -> dict[str, float]:
+    def _sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Add gradients up over the processes, of which one without rows has none of its own.
+
+        What has a gradient nowhere keeps none, so that an optimizer leaves it alone.
+        """
+        if self.sum_over_ranks is one_rank:
+            return
+        flags = [float(parameter.grad is not None) for parameter in parameters]
+        having = self.sum_over_ranks(torch.tensor(flags, device=self.policy.device)).tolist()
+        for parameter, somewhere in zip(parameters, having, strict=True):
+            if somewhere:
+                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.sum_over_ranks(own)
+
+    def _statistics(self, seen: dict[str, Tensor], loss_kl_coef: float) -> dict[str, float]:
         """Statistics of one mini-batch under their published names."""
         s = self.settings
-        new, old, gains = sums.all("new"), sums.all("old"), sums.all("advantages")
-        values, old_values, returns = (
-            sums.all("values"),
-            sums.all("old_values"),
-            sums.all("returns"),
-        )
+        new, old, gains = seen["new"], seen["old"], seen["advantages"]
+        values, old_values, returns = seen["values"], seen["old_values"], seen["returns"]
         mask = torch.ones_like(new, dtype=torch.bool)
         ratio = (new - old).exp()
-        policy_loss, value_loss = sums.mean("policy_loss"), sums.mean("value_loss")
-        entropy = sums.mean("entropy")
+        losses = ("policy_loss", "value_loss", "entropy", "kl_loss")
+        policy_loss, value_loss, entropy, kl_loss = (float(seen[name].mean()) for name in losses)
+        kl_loss *= loss_kl_coef
         value_clipfrac = (
             float(
                 statistics.value_clip_fraction(values, old_values, returns, mask, clip=s.value_clip)
@@ -290,12 +346,18 @@ class PolicyTrainer:
         return {
             "ppo/loss/policy": policy_loss,
             "ppo/loss/value": value_loss,
-            "ppo/loss/total": policy_loss + s.value_coef * value_loss - s.entropy_coef * entropy,
+            "ppo/loss/kl": kl_loss,
+            "ppo/loss/total": policy_loss
+            + s.value_coef * value_loss
+            - s.entropy_coef * entropy
+            + kl_loss,
             "ppo/policy/entropy": entropy,
             "ppo/policy/approxkl": float(statistics.approx_kl_k2(new, old, mask)),
             "ppo/policy/policykl": float(statistics.policy_kl(new, old, mask)),
             "ppo/policy/clipfrac": float(
-                statistics.clip_fraction(new, old, gains, mask, clip_low=s.clip, clip_high=s.clip)
+                statistics.clip_fraction(
+                    new, old, gains, mask, clip_low=s.clip, clip_high=s.clip_high or s.clip
+                )
             ),
             "ppo/policy/ratio": float(ratio.mean()),
             "ppo/policy/ratio_error": float((ratio - 1).abs().max()),
@@ -312,7 +374,7 @@ class PolicyTrainer:
 
 
 def _explained(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """Explained variance; 0 where no return differs from another and there is none to explain."""
-    if not bool((returns != returns[0]).any()):
+    """Explained variance; 0 where returns are alike and there is none to explain."""
+    if float((returns - returns[0]).abs().max()) <= ALIKE * float(returns.abs().max()):
         return 0.0
     return float(statistics.explained_variance(values, returns, mask))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from suasion.functional.masking import masked_mean
+from suasion.functional.rewards import terminal_rewards
 from suasion.rollout.experience import Experience
 
 
@@ -17,8 +18,8 @@ def experience_statistics(
     """Statistics of rewards, KL and lengths before the update.
 
     Names and meanings follow huggingface/trl@v0.11.4, trl/trainer/ppo_trainer.py: `objective/kl` is
-    the mean over responses of the summed k1, `objective/entropy` the mean of the summed negative
-    log-probabilities, `ppo/mean_non_score_reward` the mean penalty of a token.
+    the mean over responses of the summed k1, whatever is penalised, `objective/entropy` the mean of
+    the summed negative log-probabilities, `ppo/mean_non_score_reward` the mean penalty of a token.
 
     Args:
         experience: The iteration.
@@ -33,11 +34,13 @@ def experience_statistics(
         "env/reward_mean": float(raw.mean()),
         "env/reward_std": float(raw.std(unbiased=False)),
         "objective/kl": float(difference.sum(-1).mean()),
-        "objective/kl_coef": e.kl_coef,
+        "objective/kl_coef": e.kl_coef + e.loss_kl_coef,
         "objective/entropy": float(-(e.logprobs * e.mask).sum(-1).mean()),
         "ppo/mean_scores": float(e.scores.mean()),
         "ppo/std_scores": float(e.scores.std(unbiased=False)),
-        "ppo/mean_non_score_reward": float(masked_mean(-e.kl_coef * difference, e.mask)),
+        "ppo/mean_non_score_reward": float(
+            masked_mean(e.rewards - terminal_rewards(e.scores, e.mask), e.mask)
+        ),
         "tokens/queries_len_mean": float(queries.mean()),
         "tokens/responses_len_mean": float(responses.mean()),
         "tokens/responses_len_std": float(responses.std(unbiased=False)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from suasion.config.schema import PretrainConfig
+from suasion.core.ranks import ALONE, Ranks
 from suasion.core.seeding import seed_of
 from suasion.data.codec import Codec, Template
 from suasion.data.packing import pack
@@ -25,11 +27,16 @@ from suasion.models.load import (
 )
 from suasion.models.roles import Policy
 from suasion.trainers.fit import fit
-from suasion.trainers.packed import Blocks, check_block
+from suasion.trainers.packed import Blocks, causal_lm_loss, check_block
 
 
 def pretrain(
-    config: PretrainConfig, folder: Path, *, seed: int, console: Console
+    config: PretrainConfig,
+    folder: Path,
+    *,
+    seed: int,
+    console: Console,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Train a causal LM on raw text.
 
@@ -42,8 +49,8 @@ def pretrain(
     template = Template.parse(config.template)
     texts = raw_texts(Path(config.text), lambda q, a: template.prompt(q) + template.response(a))
     source = config.model or str(folder / "start")
-    if config.model is None and not (folder / "start").is_dir():
-        _write_fresh(config, texts, folder / "start", seed)
+    if config.model is None:
+        ranks.share(partial(_write_fresh, config, texts, folder / "start", seed))
     codec = load_codec(source, config.template)
     model = load_causal_lm(source)
     check_block(config.block, context_of(model.config))
@@ -51,19 +58,23 @@ def pretrain(
     training, held_out = _split(documents, config.held_out, config.block)
     blocks = pack(training, config.block)
     model.to(device_for_training())  # type: ignore[arg-type]
-    before = perplexity(Policy(model, 1.0), held_out, pad_id=codec.pad_id)
+    policy = Policy(model, 1.0)
+    before = perplexity(policy, held_out, pad_id=codec.pad_id)
     outcome = fit(
         model,
         Blocks(blocks),
         Blocks.collate,
+        partial(causal_lm_loss, policy),
         config,
         folder=folder,
         seed=seed,
         console=console,
         title="pretrain",
+        ranks=ranks,
     )
-    after = perplexity(Policy(model, 1.0), held_out, pad_id=codec.pad_id)
-    save_model(folder / "model", model, codec.tokenizer, config.template)
+    after = perplexity(policy, held_out, pad_id=codec.pad_id)
+    if ranks.first:
+        save_model(folder / "model", model, codec.tokenizer, config.template)
     return {
         "perplexity_before": before,
         "perplexity_after": after,
@@ -75,6 +86,9 @@ def pretrain(
 
 
 def _write_fresh(config: PretrainConfig, texts: list[str], folder: Path, seed: int) -> None:
+    """Make the model to start from, unless an earlier call did."""
+    if folder.is_dir():
+        return
     fresh = config.fresh
     tokenizer = train_tokenizer(texts, fresh.vocabulary)
     model = fresh_causal_lm(

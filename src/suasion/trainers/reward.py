@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch.utils.data import Dataset
 
 from suasion.config.schema import RewardConfig
 from suasion.core.errors import DataError
-from suasion.core.records import token_batch
+from suasion.core.ranks import ALONE, Ranks
+from suasion.core.records import TokenBatch, token_batch
 from suasion.core.seeding import seed_of
 from suasion.data.codec import Codec
 from suasion.data.sources import Source
@@ -22,8 +24,12 @@ from suasion.models.load import (
     device_for_training,
     load_codec,
     new_reward_model,
+    rest_dtype,
+    score_head,
     switch_off_dropout,
 )
+from suasion.models.quantised import check_held
+from suasion.models.roles import HiddenStates
 from suasion.rollout.rewards import RewardModel
 from suasion.trainers.fit import fit
 from suasion.trainers.sft import save_trained
@@ -50,10 +56,34 @@ class Pairs(Dataset[TokenPair]):
         prompts = [prompt for prompt, _, _ in rows]
         answers = [chosen for _, chosen, _ in rows] + [rejected for _, _, rejected in rows]
         batch = token_batch(prompts + prompts, answers, self._pad_id)
-        return {"input_ids": batch.ids, "attention_mask": batch.mask.long()}
+        return {"input_ids": batch.ids, "attention_mask": batch.mask}
 
 
-def reward(config: RewardConfig, folder: Path, *, seed: int, console: Console) -> dict[str, Any]:
+def scoring_states(model: Any) -> HiddenStates:
+    """A classifier as trunk and scoring head, where an adapter may train a copy of the head."""
+    plain = model.get_base_model() if hasattr(model, "peft_config") else model
+    head = getattr(plain, "score", None)
+    return HiddenStates(model, head if head is not None else score_head(plain))
+
+
+def preference_loss(states: HiddenStates, center: float, batch: dict[str, Any]) -> torch.Tensor:
+    """Mean pairwise loss of a batch of `Pairs`, with the weight of the centring term."""
+    mask = batch["attention_mask"]
+    texts = TokenBatch(batch["input_ids"], mask, torch.zeros_like(mask))
+    ends = states.at(texts, texts.ends)
+    scores = states.head(ends.to(next(states.head.parameters()).dtype)).squeeze(-1)
+    chosen, rejected = scores.float().chunk(2)
+    return pairwise_loss(chosen, rejected, centring=center).mean()
+
+
+def reward(
+    config: RewardConfig,
+    folder: Path,
+    *,
+    seed: int,
+    console: Console,
+    ranks: Ranks = ALONE,
+) -> dict[str, Any]:
     """Train a reward model on pairs. Writes `model/` (and `adapter/`).
 
     Returns:
@@ -61,10 +91,15 @@ def reward(config: RewardConfig, folder: Path, *, seed: int, console: Console) -
     """
     assert config.model is not None
     assert config.data is not None
+    check_held(config.lora.base, adapters=config.lora.r > 0, where="reward")
     codec = load_codec(config.model, config.template)
     device = device_for_training()
     model: Any = new_reward_model(
-        config.model, codec.pad_id, torch.float32, seed=seed_of(seed, "reward head")
+        config.model,
+        codec.pad_id,
+        rest_dtype(config.lora.base, config.precision),
+        seed=seed_of(seed, "reward head"),
+        held=config.lora.base,
     )
     switch_off_dropout(model)
     limit = min(config.max_length or context_of(model.config), context_of(model.config))
@@ -76,24 +111,21 @@ def reward(config: RewardConfig, folder: Path, *, seed: int, console: Console) -
     model.to(device)
     pairs = Pairs(rows, codec.pad_id)
 
-    def loss(model: Any, batch: dict[str, Any]) -> torch.Tensor:
-        scores = model(**batch, use_cache=False).logits.float().squeeze(-1)
-        chosen, rejected = scores.chunk(2)
-        return pairwise_loss(chosen, rejected, centring=config.center).mean()
-
     outcome = fit(
         model,
         pairs,
         pairs.collate,
+        partial(preference_loss, scoring_states(model), config.center),
         config,
         folder=folder,
         seed=seed,
         console=console,
         title="reward",
-        loss=loss,
+        ranks=ranks,
         lengths=[len(prompt) + max(len(one), len(two)) for prompt, one, two in rows],
     )
-    save_trained(folder, model, codec.tokenizer, config.template, merge=config.lora.merge)
+    if ranks.first:
+        save_trained(folder, model, codec.tokenizer, config.template, config.lora)
     return {"training_pairs": len(rows), "pairs_left_out": len(found) - len(rows), **outcome}
 
 

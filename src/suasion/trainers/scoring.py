@@ -11,6 +11,7 @@ from suasion.config.schema import ScoreConfig
 from suasion.functional.rewards import (
     RunningMoments,
     clip_scores,
+    overlong_penalty,
     replace_without_eos,
     scale_scores,
     subtract_without_eos,
@@ -18,22 +19,27 @@ from suasion.functional.rewards import (
 
 
 class ScoreShaper:
-    """No-EOS rule, baseline, running scale, clip, in this order. Its state is the running moments.
+    """No-EOS rule, penalty of length, baseline, running scale, clip, in this order.
+
+    Its state is the running moments.
 
     Args:
         config: Which of them, and their numbers.
+        max_tokens: Length at which the whole penalty of length is due.
     """
 
-    def __init__(self, config: ScoreConfig) -> None:
+    def __init__(self, config: ScoreConfig, max_tokens: int) -> None:
         self._config = config
+        self._max_tokens = max_tokens
         self.moments = RunningMoments()
 
-    def __call__(self, raw: Tensor, finished: Tensor) -> Tensor:
+    def __call__(self, raw: Tensor, finished: Tensor, lengths: Tensor) -> Tensor:
         """Shape one iteration's scores.
 
         Args:
             raw: What the reward returned, [B].
             finished: Whether each response ended by itself, bool, [B].
+            lengths: Tokens of each response, [B].
         """
         c = self._config
         scores = raw
@@ -41,6 +47,13 @@ class ScoreShaper:
             scores = replace_without_eos(scores, finished, value=c.no_eos_value)
         elif c.no_eos == "subtract":
             scores = subtract_without_eos(scores, finished, penalty=abs(c.no_eos_value))
+        if c.overlong is not None:
+            scores = scores + overlong_penalty(
+                lengths,
+                max_length=self._max_tokens,
+                buffer=c.overlong,
+                factor=c.overlong_penalty,
+            )
         scores = scores - c.baseline
         if c.scale:
             self.moments = self.moments.update(scores)

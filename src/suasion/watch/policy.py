@@ -35,6 +35,15 @@ def reference(subject: Subject) -> Finding:
     own = subject.logprobs(batch)
     gap = Gap.between(own, held_to)
     per_response = float((own - held_to).sum()) / len(subject.rollout)
+    if not subject.starts_held:
+        return Finding(
+            "reference",
+            ok=math.isfinite(gap.largest),
+            measured={"kl": per_response, "largest": gap.largest},
+            what="the reference gives log-probabilities that are no numbers",
+            likely_cause="a damaged model folder, or one in a precision that overflows",
+            fix="take another model for ppo.reference.model",
+        )
     return Finding(
         "reference",
         ok=gap.within(EXACT),
@@ -43,8 +52,8 @@ def reference(subject: Subject) -> Finding:
         f"one token differs by {gap.largest:.2g}: the penalty would pull towards another model",
         likely_cause="the reference is the raw base while the policy starts from an adapter (or "
         "model) that was fine-tuned, or one of the two has dropout on",
-        fix="merge the supervised adapter into the base first, then start policy and reference "
-        "from the merged model",
+        fix="give the supervised adapter's folder as ppo.model, of which ppo.reference.kind start "
+        "keeps a snapshot; or merge the supervised adapter into the base first",
     )
 
 
@@ -128,7 +137,8 @@ def sampler(subject: Subject) -> Finding:
     if not gap.within(tolerance):
         problems.append(f"sampler and trainer disagree by {gap.largest:.2g} nats about one token")
     if s.alters_distribution:
-        how = f"top_k {s.top_k}, top_p {s.top_p:g}" + (", greedy" if s.greedy else "")
+        how = f"top_k {s.top_k}, top_p {s.top_p:g}, min_tokens {s.min_tokens}"
+        how += ", greedy" if s.greedy else ""
         problems.append(f"{how} sample from another distribution than the one that is scored")
     elif abs(errors) > SURPRISE:
         problems.append(
@@ -142,7 +152,7 @@ def sampler(subject: Subject) -> Finding:
         what="; ".join(problems) + ": the KL would be biased and can turn negative",
         likely_cause="top-k, top-p or minimum lengths in sampling, a temperature that is not in "
         "the log-probabilities, or a rollout engine with other weights",
-        fix="set response.top_k 0 and response.top_p 1; divide logits by the temperature in "
+        fix="set response.top_k 0, top_p 1 and min_tokens 0; divide logits by the temperature in "
         "sampling and scoring alike",
     )
 

@@ -85,6 +85,8 @@ class Subject:
     """How the recipe names the reward."""
     seed: int
     """Root of the checks' random numbers."""
+    starts_held: bool = True
+    """Whether the policy starts at the reference: not where that is another model, or rounded."""
     isolated: bool = False
     """Whether packed documents are claimed not to see each other."""
 
@@ -181,13 +183,14 @@ def subject_of(
         parts,
         rollout,
         queries,
-        Sampling(top_k=config.response.top_k, top_p=config.response.top_p),
+        Sampling.of(config.response),
         config.response.max_tokens,
         config.score.no_eos != "keep",
         config.template,
         {**(templates or {}), **known},
         str(config.reward),
         seed,
+        config.reference.kind != "model" and config.reference.base == "fp32",
     )
 
 

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from suasion.core.errors import CheckError, ConfigError
-from suasion.watch import judge, policy, update
+from suasion.core.errors import CheckError, ConfigError, TrainingError
+from suasion.watch import judge, policy, roles, update
 from suasion.watch.finding import Finding
 from suasion.watch.subject import Subject
 
@@ -21,6 +21,7 @@ Check = Callable[[Subject], Finding]
 CHECKS: dict[str, Check] = {
     "ratio": update.ratio,
     "reference": policy.reference,
+    "roles": roles.roles,
     "sampler": policy.sampler,
     "stop": policy.stop,
     "templates": judge.templates,
@@ -34,7 +35,17 @@ CHECKS: dict[str, Check] = {
 }
 """Every check, in the order they run: those a policy stage always runs come first."""
 
-QUICK = ("ratio", "reference", "sampler", "stop", "templates", "reward", "padding", "gradients")
+QUICK = (
+    "ratio",
+    "reference",
+    "roles",
+    "sampler",
+    "stop",
+    "templates",
+    "reward",
+    "padding",
+    "gradients",
+)
 """What a policy stage runs by itself: no model is loaded or saved for them."""
 
 
@@ -85,7 +96,7 @@ def run_checks(
     for name in chosen(names):
         began = clock()
         with torch.random.fork_rng():
-            findings.append(CHECKS[name](subject))
+            findings.append(_looked(name, subject))
         seconds.append(clock() - began)
     faults = [finding for finding in findings if not finding.ok]
     if faults or not brief:
@@ -101,6 +112,21 @@ def run_checks(
     for fault in faults:
         console.print(explain(fault), style="yellow", markup=False, highlight=False)
     return findings
+
+
+def _looked(name: str, subject: Subject) -> Finding:
+    """What a check found; where a role refused to compute, that is what it found."""
+    try:
+        return CHECKS[name](subject)
+    except TrainingError as error:
+        return Finding(
+            name,
+            ok=False,
+            what=error.what,
+            likely_cause="code that switches adapters by itself, or between a forward pass and its "
+            "backward pass",
+            fix=error.fix,
+        )
 
 
 def table(findings: list[Finding], seconds: list[float]) -> Table:

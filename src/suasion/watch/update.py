@@ -49,8 +49,8 @@ def dry_update(subject: Subject) -> DryUpdate:
             pad_id=p.codec.pad_id,
             batch_tokens=p.trainer.settings.micro_batch_tokens,
         )
-    parameters = [each for module in subject.modules.values() for each in module.parameters()]
-    held = _Held(parameters)
+    every = [each for module in subject.modules.values() for each in module.parameters()]
+    held = _Held(list(dict.fromkeys(every)))  # a critic on the policy's base is in both
     settings = replace(
         p.trainer.settings,
         epochs=1,

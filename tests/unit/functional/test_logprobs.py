@@ -103,6 +103,27 @@ def test_logits_of_all_positions_never_exist(monkeypatch: pytest.MonkeyPatch) ->
     hidden, weight, bias, tokens = head()
     linear_logprobs(hidden, weight, bias, tokens, chunk=3)[0].sum().backward()
     assert seen == [3, 3, 1, 3, 3, 1], "forward, then recomputed"
+    seen.clear()
+    linear_logprobs(hidden, weight, bias, tokens, chunk=3, keep=True)[0].sum().backward()
+    assert seen == [3, 3, 1], "kept"
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_kept_logits_give_the_same_gradients(*, with_entropy: bool) -> None:
+    """Whether logits are kept or computed again changes no bit."""
+    found = []
+    for keep in (False, True):
+        hidden, weight, bias, tokens = head()
+        logprobs, entropy = linear_logprobs(
+            hidden, weight, bias, tokens, 0.7, chunk=3, with_entropy=with_entropy, keep=keep
+        )
+        loss = (logprobs * torch.linspace(-1, 2, len(tokens))).sum()
+        if entropy is not None:
+            loss = loss + (entropy * torch.linspace(2, -1, len(tokens))).sum()
+        loss.backward()
+        found.append((logprobs, hidden.grad, weight.grad, bias.grad))
+    for first, second in zip(*found, strict=True):
+        assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -13,9 +13,8 @@ from suasion.core.errors import ModelError
 from suasion.core.records import TokenBatch, token_batch
 from suasion.models.adapters import add_lora
 from suasion.models.load import switch_off_dropout
+from suasion.models.references import AdapterOffReference, FrozenReference
 from suasion.models.roles import (
-    AdapterOffReference,
-    FrozenReference,
     ModelCritic,
     Policy,
     TrunkCritic,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from torch import Tensor
 
 from suasion.core.records import Rollout, TokenBatch, token_batch
 from suasion.functional.advantages import gae
-from suasion.models.roles import FrozenReference, Policy, TrunkCritic, hidden_size_of
+from suasion.models.references import FrozenReference
+from suasion.models.roles import Policy, TrunkCritic, hidden_size_of
 from suasion.rollout.experience import Experience, build_experience, token_budget
 
 QUERIES = [[5, 9], [7, 8, 6]]
@@ -28,6 +31,10 @@ class Given:
     def __init__(self, numbers: dict[int, float]) -> None:
         self._numbers = numbers
 
+    def present(self) -> AbstractContextManager[None]:
+        """Nothing to fetch."""
+        return nullcontext()
+
     def logprobs(self, batch: TokenBatch) -> Tensor:
         """By target token."""
         return torch.tensor([self._numbers[int(token)] for token in batch.targets])
@@ -41,7 +48,14 @@ REFERENCE = Given({20: -1.5, 21: -0.25, 22: -2.0})
 CRITIC = Given({20: 0.3, 21: -0.2, 22: 0.1})
 
 
-def experience_of(policy: Policy, *, whiten: bool = False, batch_tokens: int = 100) -> Experience:
+def experience_of(
+    policy: Policy,
+    *,
+    whiten: bool = False,
+    batch_tokens: int = 100,
+    kl_coef: float = BETA,
+    **more: Any,
+) -> Experience:
     """The small case."""
     logprobs = [torch.tensor([-1.0, -0.5]), torch.tensor([-2.5])]
     rollout = Rollout(QUERIES, RESPONSES, [True, False], logprobs, None)
@@ -52,10 +66,11 @@ def experience_of(policy: Policy, *, whiten: bool = False, batch_tokens: int = 1
         reference=REFERENCE,
         critic=CRITIC,
         estimate=partial(gae, gamma=GAMMA, lam=LAM),
-        kl_coef=BETA,
+        kl_coef=kl_coef,
         whiten_advantages=whiten,
         pad_id=0,
         batch_tokens=batch_tokens,
+        **more,
     )
 
 
@@ -92,6 +107,35 @@ def test_whitening_is_over_all_tokens_that_count(policy: Policy) -> None:
     ranks = plain.advantages[plain.mask].argsort()
     assert torch.equal(counted.argsort(), ranks)
     assert not white.advantages[~white.mask].any()
+
+
+def test_rows_may_be_worked_on_anywhere(policy: Policy) -> None:
+    """One after the other and last first: the same experience."""
+
+    def elsewhere(count: int, work: Callable[[list[int]], Sequence[Any]]) -> list[Any]:
+        found = {row: work([row])[0] for row in reversed(range(count))}
+        return [found[row] for row in range(count)]
+
+    here, there = experience_of(policy), experience_of(policy, each_row=elsewhere)
+    for name in ("ref_logprobs", "values", "rewards", "advantages", "returns"):
+        assert torch.equal(getattr(here, name), getattr(there, name)), name
+
+
+def test_a_rollout_comes_apart_and_together() -> None:
+    """Row by row, with values and without."""
+    logprobs = [torch.tensor([-1.0, -0.5]), torch.tensor([-2.5])]
+    for values in (None, [torch.tensor([1.0, 2.0]), torch.tensor([3.0])]):
+        whole = Rollout(QUERIES, RESPONSES, [True, False], logprobs, values, ["stop", "length"])
+        parts = whole.split()
+        assert [len(part) for part in parts] == [1, 1]
+        assert Rollout.joined(parts) == whole
+
+
+def test_a_penalty_in_the_loss_is_not_in_the_reward(policy: Policy) -> None:
+    """The experience hands its weight on; the rewards are the scores."""
+    e = experience_of(policy, kl_coef=0.0, loss_kl_coef=0.7)
+    assert (e.kl_coef, e.loss_kl_coef) == (0.0, 0.7)
+    torch.testing.assert_close(e.rewards, torch.tensor([[0.0, 1.0], [-1.0, 0.0]]))
 
 
 def test_at_first_the_penalty_is_zero(policy: Policy) -> None:

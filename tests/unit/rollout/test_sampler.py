@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ from torch import Tensor
 from suasion.core.records import token_batch
 from suasion.core.seeding import generator
 from suasion.models.roles import Policy
+from suasion.rollout import decoders
+from suasion.rollout.library import generate
 from suasion.rollout.sampler import Sampling, sample
+from suasion.rollout.weights import decoding_weights
 from tests.unit.conftest import FAMILIES, VOCABULARY
 
 Policies = Callable[[str], Policy]
@@ -221,3 +225,131 @@ def test_only_the_plain_draw_leaves_the_distribution_alone() -> None:
     assert Sampling(top_k=3).alters_distribution
     assert Sampling(top_p=0.9).alters_distribution
     assert Sampling(greedy=True).alters_distribution
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_slots_change_nothing(policies: Policies, family: str) -> None:
+    """Prompts that wait for a place get the responses they would have got at once."""
+    policy, numbers = policies(family), uniforms(5)
+    limits = [3, 14, 6, 1, 10]
+    found = [
+        sample(policy, QUERIES, limits, numbers, stop_ids=(3, 4), pad_id=0, slots=slots)
+        for slots in (256, 3, 1)
+    ]
+    assert found[0].responses == found[1].responses == found[2].responses
+    for other in found[1:]:
+        for one, two in zip(found[0].logprobs, other.logprobs, strict=True):
+            torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
+
+
+def test_equal_prompts_are_run_once(policies: Policies, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several responses to one prompt share its first pass, and are as if they did not."""
+    policy = policies("llama")
+    seen: list[int] = []
+    real = decoders.run_packed
+
+    def watched(trunk: Any, ids: Tensor, *rest: Any) -> Tensor:
+        seen.append(len(ids))
+        return real(trunk, ids, *rest)
+
+    monkeypatch.setattr(decoders, "run_packed", watched)
+    queries = [QUERIES[0], QUERIES[2], QUERIES[0], QUERIES[0]]
+    found = sample(policy, queries, [9] * 4, uniforms(4), stop_ids=(NEVER,), pad_id=0)
+    assert seen == [len(QUERIES[0]) + len(QUERIES[2])]
+    assert len({tuple(found.responses[row]) for row in (0, 2, 3)}) == 3
+    for query, response, logprobs in zip(queries, found.responses, found.logprobs, strict=True):
+        expected = fresh_logprobs(policy, query, response)
+        torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_library_gives_the_same(policies: Policies, family: str) -> None:
+    """Greedily, behind the same interface: tokens, ends and log-probabilities."""
+    policy, limits = policies(family), [3, 14, 6, 1, 10]
+    ours = sample(
+        policy,
+        QUERIES,
+        limits,
+        uniforms(5),
+        stop_ids=(1,),
+        pad_id=0,
+        sampling=Sampling(greedy=True, min_tokens=2),
+    )
+    theirs = generate(
+        policy,
+        QUERIES,
+        limits,
+        stop_ids=(1,),
+        pad_id=0,
+        sampling=Sampling(greedy=True, min_tokens=2),
+    )
+    assert ours.responses == theirs.responses
+    assert ours.reasons == theirs.reasons
+    assert ours.altered
+    for one, two in zip(ours.logprobs, theirs.logprobs, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
+
+
+def test_no_stop_before_its_time(policies: Policies) -> None:
+    """Half of the vocabulary ends a response, but not before its fourth token."""
+    policy, stops = policies("gpt2"), tuple(range(0, VOCABULARY, 2))
+    found = sample(
+        policy,
+        [[10 + row] for row in range(32)],
+        [8] * 32,
+        uniforms(32),
+        stop_ids=stops,
+        pad_id=0,
+        sampling=Sampling(min_tokens=3),
+    )
+    lengths = [len(response) for response in found.responses]
+    assert min(lengths) == 4
+    assert found.altered
+    plain = sample(policy, [[10]], [8], uniforms(1), stop_ids=stops, pad_id=0)
+    assert not plain.altered
+
+
+def test_stop_strings(policies: Policies) -> None:
+    """A response ends with the token that completes one, and is finished."""
+    policy = policies("llama")
+
+    def text_of(ids: list[int]) -> str:
+        return "".join("<end>"[token % 5] for token in ids)
+
+    found = sample(
+        policy,
+        [[10 + row] for row in range(64)],
+        [30] * 64,
+        uniforms(64),
+        stop_ids=(NEVER,),
+        pad_id=0,
+        sampling=Sampling(stop_strings=("en", "d>")),
+        text_of=text_of,
+    )
+    assert {"stop string", "length"} <= set(found.reasons)
+    for response, reason, finished in zip(
+        found.responses, found.reasons, found.finished, strict=True
+    ):
+        text = text_of(response)
+        assert finished == (reason != "length")
+        assert reason == "stop" or (reason == "stop string") == text.endswith(("en", "d>"))
+        assert "en" not in text[:-1]
+        assert "d>" not in text[:-1]
+    assert not found.altered
+
+
+def test_decoding_weights_are_given_back(policies: Policies) -> None:
+    """Rollouts run on copies in another form; the model's own weights are not touched."""
+    policy = policies("gpt2")
+    before = {name: (p.data_ptr(), p.stride()) for name, p in policy.model.named_parameters()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with decoding_weights(policy):
+            inside = {p.dtype for p in policy.trunk.h[0].attn.c_attn.parameters()}
+            assert policy.decoding_head is not None
+        found = sample(policy, QUERIES, [9] * 5, uniforms(5), stop_ids=(NEVER,), pad_id=0)
+        again = policy.logprobs(token_batch(found.queries, found.responses, 0))[0]
+    assert inside == {torch.bfloat16, torch.float32}  # the bias is none of it
+    assert policy.decoding_head is None
+    after = {name: (p.data_ptr(), p.stride()) for name, p in policy.model.named_parameters()}
+    assert before == after
+    torch.testing.assert_close(again.detach(), torch.cat(found.logprobs), atol=0.05, rtol=0)

@@ -16,7 +16,8 @@ import torch
 from suasion.core.seeding import generator
 from suasion.functional.advantages import gae
 from suasion.functional.losses import clipped_surrogate, clipped_value_loss
-from suasion.models.roles import FrozenReference, Policy, TrunkCritic, hidden_size_of
+from suasion.models.references import FrozenReference
+from suasion.models.roles import Policy, TrunkCritic, hidden_size_of
 from suasion.rollout.experience import Experience, build_experience
 from suasion.rollout.sampler import sample
 from suasion.trainers.checkpoint import KEEP, load_newest, save_checkpoint

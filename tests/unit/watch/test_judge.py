@@ -119,7 +119,7 @@ class TestReward:
     def test_untrained_head(self, build: Build) -> None:
         """A head of zeros gives every text the same score."""
         subject = build()
-        torch.nn.init.zeros_(subject.parts.reward.reward._model.score.weight)  # type: ignore[attr-defined]  # noqa: SLF001
+        torch.nn.init.zeros_(subject.parts.reward.reward.model.score.weight)  # type: ignore[attr-defined]
         assert not judge.reward(subject).ok
 
 
@@ -141,7 +141,7 @@ def trained(build: Build, tmp_path: Path) -> Callable[..., Subject]:
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.2)
-        save_trained(tmp_path, model, codec.tokenizer, QUESTION_ANSWER, merge=True)
+        save_trained(tmp_path, model, codec.tokenizer, QUESTION_ANSWER, LoraConfig())
         source = str(tmp_path / "model")
         with_it = again(subject, reward=load_reward(source, QUESTION_ANSWER))
         return replace(with_it, reward_source=source)

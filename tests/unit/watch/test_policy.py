@@ -7,18 +7,23 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import OPTConfig, OPTForCausalLM
 
 from suasion.config.schema import LoraConfig, ResponseConfig, ScoreConfig
 from suasion.core.records import TokenBatch
 from suasion.models.adapters import add_lora
+from suasion.models.attention import Packed
 from suasion.models.roles import Policy
 from suasion.rollout.sampler import Sampling
-from suasion.watch import policy, update
+from suasion.watch import policy, roles, update
 from suasion.watch.subject import Subject, subject_of
+from suasion.watch.suite import run_checks
 from tests.unit.watch.conftest import Build, Stage, again
 
+QUIET = Console(quiet=True)
 PRECISIONS = pytest.mark.parametrize("precision", ["fp32", "bf16"])
 FAMILIES = pytest.mark.parametrize("family", ["llama", "gpt2"])
 
@@ -95,6 +100,51 @@ class TestReference:
         assert not found.applies
 
 
+class TestRoles:
+    """The others have their turn, and the policy is as it was."""
+
+    @pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
+    def test_healthy(self, build: Build, rank: int) -> None:
+        """Nothing moves."""
+        found = roles.roles(build(rank=rank))
+        assert found.ok
+        assert found.measured["largest"] == 0.0
+
+    def test_a_reward_that_leaves_adapters_off(self, build: Build) -> None:
+        """The policy would be the base from then on."""
+        subject = build(rank=4)
+        score = subject.parts.reward
+
+        def careless(queries: list[str], responses: list[str]) -> list[float]:
+            subject.parts.policy.model.base_model.disable_adapter_layers()
+            return score(queries, responses)
+
+        (found,) = run_checks(
+            again(subject, reward=careless),
+            ["roles"],
+            console=QUIET,
+            only_report=True,
+        )
+        assert not found.ok
+        assert "'default' while the base alone is active" in found.what
+
+    def test_a_reward_that_moves_the_policy(self, build: Build) -> None:
+        """It works on the very model that is trained."""
+        subject = build()
+        score = subject.parts.reward
+
+        def careless(queries: list[str], responses: list[str]) -> list[float]:
+            with torch.no_grad():
+                subject.parts.policy.head.weight.mul_(1.5)
+            subject.parts.policy.head.requires_grad_(False)  # noqa: FBT003
+            return score(queries, responses)
+
+        found = roles.roles(again(subject, reward=careless))
+        assert not found.ok
+        assert found.measured["largest"] > found.measured["tolerance"]
+        assert found.measured["changed"] == 1
+
+
 class Blind(Changed):
     """Sees padding as text."""
 
@@ -111,7 +161,9 @@ class TestPadding:
     def test_mask_is_not_passed_on(self, build: Build, family: str, precision: str) -> None:
         """Padding on the left is attended to."""
         subject = build(family, precision=precision)
-        found = policy.padding(rebuilt(subject, Blind(subject.parts.policy)))
+        blind = Blind(subject.parts.policy)
+        blind.packs = False  # else nothing is ever padded
+        found = policy.padding(rebuilt(subject, blind))
         assert not found.ok
         assert "logprobs_left" in found.what
         assert "logprobs_right" not in found.what  # a causal mask hides padding behind
@@ -119,8 +171,24 @@ class TestPadding:
     def test_positions_count_padding(self, build: Build) -> None:
         """Absolute positions begin at the padding."""
         subject = build("gpt2")
+        subject.parts.policy.packs = False
         subject.parts.policy.takes_positions = False
         assert not policy.padding(subject).ok
+
+    @FAMILIES
+    def test_packed_sequences_see_each_other(
+        self, build: Build, monkeypatch: pytest.MonkeyPatch, family: str
+    ) -> None:
+        """Attention over the whole row instead of within each sequence."""
+        subject = build(family)
+
+        def leaky(_: Packed, query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
+            return scaled_dot_product_attention(query, key, value, is_causal=True, **how)
+
+        monkeypatch.setattr(Packed, "attend", leaky)
+        found = policy.padding(subject)
+        assert not found.ok
+        assert "logprobs_right" in found.what
 
     def test_values_alone(self, build: Build) -> None:
         """A critic that looks at the whole batch, under a value head that starts at zero."""
@@ -173,7 +241,7 @@ class TestModes:
 class TestSampler:
     """What is sampled is what is scored."""
 
-    @pytest.mark.parametrize("how", [{"top_k": 5}, {"top_p": 0.8}], ids=str)
+    @pytest.mark.parametrize("how", [{"top_k": 5}, {"top_p": 0.8}, {"min_tokens": 3}], ids=str)
     def test_filters(self, build: Build, how: dict[str, Any]) -> None:
         """Those that the configuration names."""
         found = policy.sampler(build(response=ResponseConfig(max_tokens=12, **how)))
@@ -190,6 +258,7 @@ class TestSampler:
     def test_positions_of_the_cache(self, stage: Stage) -> None:
         """Decoding under left padding, in a family with absolute positions that gets none."""
         parts, config = stage("gpt2")
+        parts.policy.packs = False
         parts.policy.takes_positions = False
         found = policy.sampler(subject_of(parts, config, seed=3))
         assert not found.ok
@@ -306,9 +375,10 @@ class TestGradients:
         model: Any = subject.parts.policy.model
         model.add_adapter("other", model.peft_config["default"])
         model.set_adapter("default")
-        found = update.gradients(rebuilt(subject, Switching(subject.parts.policy)))
+        switching = rebuilt(subject, Switching(subject.parts.policy))
+        (found,) = run_checks(switching, ["gradients"], console=QUIET, only_report=True)
         assert not found.ok
-        assert found.measured["without_gradient"] > 0
+        assert "the adapter 'default' while the adapter 'other' is active" in found.what
 
     def test_frozen_after_the_optimizer_was_built(self, build: Build) -> None:
         """The optimizer waits for gradients that never come."""

@@ -1,0 +1,1 @@
+"""What a card of a given size can hold."""

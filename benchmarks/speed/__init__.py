@@ -1,0 +1,1 @@
+"""How fast it runs and how much memory it takes, beside the peers."""

@@ -1,0 +1,159 @@
+"""Sequences side by side in one row, without padding: attention that keeps them apart.
+
+A library model computes everything but attention token by token, so a batch of sequences can be one
+long row, and no work is done on padding. The attention here is registered with transformers under
+`NAME`; a call without a `packed` argument is the library's own `sdpa`, so a model that uses it
+behaves as before everywhere else (generation, padded batches, gradient checkpointing).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "suasion"
+"""Of the attention implementation, as in `model.set_attn_implementation(NAME)`."""
+STEP = 64
+"""Rows of tokens come in multiples of this, where that saves building kernels."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Where each sequence of a packed row begins and ends."""
+
+    lengths: tuple[int, ...]
+    """Tokens of each sequence, in order; they fill the row."""
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Position ids of the row, int64, [1, N]: each sequence begins at 0."""
+        each = [torch.arange(length) for length in self.lengths]
+        return torch.cat(each)[None].to(device)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        """Causal attention within each sequence.
+
+        Args:
+            query: [1, H, N, D].
+            key: [1, H, N, D].
+            value: [1, H, N, D].
+            options: Scale and dropout of the library's kernel.
+
+        Returns:
+            [1, H, N, D].
+        """
+        parts = zip(*(x.split(self.lengths, dim=2) for x in (query, key, value)), strict=True)
+        done = [
+            scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, **options)
+            for q, k, v in parts
+        ]
+        return torch.cat(done, dim=2)
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    packed: Packed | None = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """The library's `sdpa` where nothing is packed, else attention within each sequence."""
+    if packed is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, **rest
+        )
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    out = packed.attend(query, key, value, dropout_p=dropout, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def run_packed(trunk: Any, ids: Tensor, lengths: Sequence[int], cache: Any | None = None) -> Tensor:
+    """Hidden states of sequences side by side.
+
+    Args:
+        trunk: A transformers decoder whose attention implementation is `NAME`.
+        ids: Token ids of all sequences, one after the other, [N].
+        lengths: Tokens of each, summing to N.
+        cache: Receives keys and values.
+
+    Returns:
+        [N, D].
+    """
+    packed = Packed(tuple(lengths))
+    out = trunk(
+        input_ids=ids[None],
+        position_ids=packed.positions(ids.device),
+        # Four axes: the library takes it for a mask already made, and makes none.
+        attention_mask=torch.zeros(1, 1, 1, 1, device=ids.device),
+        packed=packed,
+        use_cache=cache is not None,
+        past_key_values=cache,
+    )
+    return out.last_hidden_state[0]
+
+
+def spare_tokens(count: int) -> int:
+    """Tokens to add to a row of `count`, as a sequence of their own that nobody reads.
+
+    The kernels that are not torch's default ones are built anew for every number of rows; rows in
+    steps of `STEP` meet the same ones again (docs/benchmarks.md).
+    """
+    built = torch.is_autocast_enabled("cpu") or torch.get_float32_matmul_precision() != "highest"
+    return -count % STEP if built and count > STEP else 0
+
+
+def can_pack(model: Any, trunk: Any) -> bool:
+    """Let `model` use the attention above, if it then computes the same on packed sequences.
+
+    Decided by trying: three sequences together and alone. A model whose attention looks at part of
+    the past only (a sliding window), or that takes no such attention, keeps its own.
+    """
+    config = trunk.config
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding" if window else "full_attention"]
+    if config._attn_implementation not in ("sdpa", NAME) or set(kinds) != {"full_attention"}:  # noqa: SLF001
+        return False
+    before = config._attn_implementation  # noqa: SLF001
+    try:
+        model.set_attn_implementation(NAME)
+        if _same_alone(trunk):
+            return True
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ):  # what a signature or a shape that does not fit raises
+        pass
+    model.set_attn_implementation(before)
+    return False
+
+
+@torch.no_grad()
+def _same_alone(trunk: Any) -> bool:
+    lengths = (3, 5, 2)
+    device = trunk.get_input_embeddings().weight.device
+    ids = torch.arange(2, 2 + sum(lengths), device=device)
+    training = [module for module in trunk.modules() if module.training]
+    trunk.eval()
+    together = run_packed(trunk, ids, lengths)
+    alone = [trunk(input_ids=part[None], use_cache=False) for part in ids.split(lengths)]
+    for module in training:
+        module.training = True
+    expected = torch.cat([out.last_hidden_state[0] for out in alone])
+    return bool(torch.allclose(together, expected, atol=1e-4, rtol=1e-3))

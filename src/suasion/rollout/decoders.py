@@ -1,0 +1,222 @@
+"""Two ways to run a model token by token; the sampler does not know which it has.
+
+A decoder gives, for every response under way, the hidden state that predicts its next token. It is
+told which token was drawn and which responses go on, and gives the next ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from suasion.models.attention import run_packed
+from suasion.models.roles import Policy
+
+
+class Decoder(Protocol):
+    """n rows are under way; which query each belongs to changes as responses end."""
+
+    def start(self) -> tuple[Tensor, Tensor]:
+        """The first rows: query numbers [n] and hidden states [n, D]."""
+        ...
+
+    def advance(self, token: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+        """After `token` [n] was drawn, of which only rows with `live` [n] go on.
+
+        Returns:
+            Query numbers [m] and hidden states [m, D]; m is 0 once all is done.
+        """
+        ...
+
+
+class PaddedDecoder:
+    """One batch, prompts padded on the left, through the library's own cache: for any model.
+
+    Args:
+        policy: Runs.
+        queries: Prompt tokens, at least one each.
+        pad_id: Fills shorter prompts.
+    """
+
+    def __init__(self, policy: Policy, queries: Sequence[Sequence[int]], pad_id: int) -> None:
+        self._policy = policy
+        self._cache = DynamicCache(config=policy.model.config)
+        self._rows = torch.arange(len(queries), device=policy.device)
+        longest = max(len(query) for query in queries)
+        padded = [[pad_id] * (longest - len(query)) + list(query) for query in queries]
+        self._ids = torch.tensor(padded, device=policy.device)
+        real = [[False] * (longest - len(query)) + [True] * len(query) for query in queries]
+        self._mask = torch.tensor(real, device=policy.device)
+
+    def start(self) -> tuple[Tensor, Tensor]:
+        """All rows at once."""
+        return self._run(self._ids)
+
+    def advance(self, token: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+        """Drop what ended and run the rest by one token."""
+        if not bool(live.all()):
+            keep = live.nonzero().squeeze(-1)
+            self._rows, self._mask, token = self._rows[keep], self._mask[keep], token[keep]
+            if len(keep) == 0:
+                return self._rows, token
+            self._cache.batch_select_indices(keep)
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._rows), 1)], dim=1)
+        return self._run(token[:, None])
+
+    def _run(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        out = self._policy(ids, self._mask, past_key_values=self._cache, use_cache=True)
+        return self._rows, out.last_hidden_state[:, -1]
+
+
+class SlotDecoder:
+    """Every response in a slot of its own; a slot that falls free is taken by a waiting prompt.
+
+    Prompts run side by side without padding, and no key is ever moved but to close a gap. Equal
+    prompts are run once. Prompts wait longest first, so that what starts late is short.
+
+    Args:
+        policy: Runs; its attention must take packed sequences (`policy.packs`).
+        queries: Prompt tokens, at least one each.
+        limits: Longest response of each, tokens.
+        slots: Responses under way at the same time.
+    """
+
+    def __init__(
+        self, policy: Policy, queries: Sequence[Sequence[int]], limits: Sequence[int], slots: int
+    ) -> None:
+        self._policy = policy
+        self._queries = queries
+        self._slots = min(slots, len(queries))
+        self._waiting = sorted(range(len(queries)), key=lambda i: len(queries[i]))
+        room = max(len(query) + limit for query, limit in zip(queries, limits, strict=True))
+        self._cache = SlotCache(self._slots, room)
+        self._rows = torch.empty(0, dtype=torch.long, device=policy.device)
+        self._filled = self._rows.clone()  # tokens in each slot
+
+    def start(self) -> tuple[Tensor, Tensor]:
+        """As many prompts as there are slots."""
+        hidden = self._admit()
+        return self._rows, hidden
+
+    def advance(self, token: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+        """Close gaps, run what goes on, and let waiting prompts in once a quarter is free."""
+        if not bool(live.all()):
+            token = self._close_gaps(token, live)
+        hidden = self._decode(token) if len(token) else None
+        free = self._slots - len(self._rows)
+        if self._waiting and (4 * free >= self._slots or hidden is None):
+            fresh = self._admit()
+            hidden = fresh if hidden is None else torch.cat([hidden, fresh.to(hidden.dtype)])
+        return self._rows, token if hidden is None else hidden
+
+    def _admit(self) -> Tensor:
+        """Fill the free slots with waiting prompts; their last hidden states, [new, D]."""
+        used = len(self._rows)
+        count = min(self._slots - used, len(self._waiting))
+        new = [self._waiting.pop() for _ in range(count)]
+        distinct: dict[tuple[int, ...], list[int]] = {}
+        for slot, query in enumerate(new, start=used):
+            distinct.setdefault(tuple(self._queries[query]), []).append(slot)
+        lengths = [len(prompt) for prompt in distinct]
+        device = self._policy.device
+        self._cache.expect_prompts(lengths, list(distinct.values()))
+        ids = torch.tensor([token for prompt in distinct for token in prompt], device=device)
+        hidden = run_packed(self._policy.trunk, ids, lengths, self._cache)
+        last = hidden[torch.tensor(lengths, device=device).cumsum(0) - 1]
+        order = [0] * count
+        for index, slots in enumerate(distinct.values()):
+            for slot in slots:
+                order[slot - used] = index
+        filled = torch.tensor([len(self._queries[query]) for query in new], device=device)
+        self._filled = torch.cat([self._filled, filled])
+        self._rows = torch.cat([self._rows, torch.tensor(new, device=device)])
+        return last[torch.tensor(order, device=device)]
+
+    def _decode(self, token: Tensor) -> Tensor:
+        at = self._filled
+        longest = int(at.max()) + 1
+        self._cache.expect_tokens(at, longest)
+        seen = torch.arange(longest, device=at.device) <= at[:, None]
+        out = self._policy.trunk(
+            input_ids=token[:, None],
+            position_ids=at[:, None],
+            attention_mask=seen[:, None, None],
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        self._filled = at + 1
+        return out.last_hidden_state[:, -1]
+
+    def _close_gaps(self, token: Tensor, live: Tensor) -> Tensor:
+        """Move the last live slots into those that ended, so that live ones come first."""
+        count = int(live.sum())
+        holes = (~live[:count]).nonzero().squeeze(-1)
+        movers = live[count:].nonzero().squeeze(-1) + count
+        if len(holes):
+            self._cache.move(movers, holes, int(self._filled[movers].max()))
+            for row in (self._rows, self._filled, token):
+                row[holes] = row[movers]
+        self._rows, self._filled = self._rows[:count], self._filled[:count]
+        return token[:count]
+
+
+class SlotCache:
+    """Keys and values of each slot, in buffers made once.
+
+    It stands where transformers expects a cache: attention layers hand their new keys and values to
+    `update` and attend to what it returns. What they belong to is said before each forward pass.
+
+    Args:
+        slots: Sequences held at the same time.
+        room: Longest sequence, tokens.
+    """
+
+    def __init__(self, slots: int, room: int) -> None:
+        self._slots = slots
+        self._room = room
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._prompts: tuple[list[int], list[list[int]]] | None = None
+        self._at = torch.empty(0)
+        self._every = torch.empty(0)
+        self._longest = 0
+
+    def expect_prompts(self, lengths: list[int], slots: list[list[int]]) -> None:
+        """The next pass runs whole prompts side by side; each goes to all of its slots."""
+        self._prompts = (lengths, slots)
+
+    def expect_tokens(self, at: Tensor, longest: int) -> None:
+        """The next pass runs one token for each of the first slots, at positions `at` [n]."""
+        self._prompts, self._at, self._longest = None, at, longest
+        self._every = torch.arange(len(at), device=at.device)
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
+        """Store a layer's new keys and values; all that its queries may look at."""
+        if layer not in self._layers:
+            shape = (self._slots, key.shape[1], self._room, key.shape[3])
+            self._layers[layer] = (key.new_zeros(shape), value.new_zeros(shape))
+        stored = self._layers[layer]
+        if self._prompts is not None:
+            lengths, slots = self._prompts
+            for into, new in zip(stored, (key, value), strict=True):
+                for part, homes in zip(new[0].split(lengths, dim=1), slots, strict=True):
+                    for slot in homes:
+                        into[slot, :, : part.shape[1]] = part
+            return key, value
+        for into, new in zip(stored, (key, value), strict=True):
+            into[self._every, :, self._at] = new[:, :, 0]
+        count = len(self._at)
+        return stored[0][:count, :, : self._longest], stored[1][:count, :, : self._longest]
+
+    def move(self, source: Tensor, target: Tensor, longest: int) -> None:
+        """Copy the first `longest` tokens of slots to other slots."""
+        for stored in self._layers.values():
+            for tensor in stored:
+                tensor[target, :, :longest] = tensor[source, :, :longest]
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """Asked by models that count positions from it; ours are always given."""
+        return 0
