@@ -47,8 +47,9 @@ from suasion.config.schema import (
 )
 from suasion.core.files import keep_json_lines, write_json
 from suasion.models.adapters import merged
+from suasion.models.frozen import FrozenLinear, WideHead
 from suasion.models.load import SIDECAR, device_for_training, score_head, train_tokenizer
-from suasion.models.quantised import FrozenLinear, WideHead, hold, plain_layers
+from suasion.models.quantised import hold, plain_layers
 from suasion.trainers.reward import reward
 from suasion.trainers.sft import sft
 
@@ -87,26 +88,27 @@ class Meter:
 
     Args:
         device: Where the model is.
-        base: Looked at after each phase, for the adapters on it.
+        base: Looked at after each phase, for the size of the adapter on it.
     """
 
     def __init__(self, device: torch.device, base: Any) -> None:
         self._device = device
         self._base = base
+        self._adapter = 0
         self.phases: list[Phase] = []
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Measure what happens inside."""
+    def phase(self, name: str, *, learn: int, idle: int) -> Iterator[None]:
+        """Measure what happens inside, with so many adapters that learn and that do not."""
         _forget_peak(self._device)
         begun = time.perf_counter()
         yield
-        adapters = [p for n, p in self._base.named_parameters() if "lora_" in n]
-        learns = sum(p.nbytes for p in adapters if p.requires_grad)
-        held = sum(p.nbytes for p in adapters) - learns
-        peak = peak_bytes(self._device)
-        # A weight, its gradient and two moments, all in fp32.
-        self.phases.append(Phase(name, peak, 4 * learns, held, time.perf_counter() - begun))
+        seconds, peak = time.perf_counter() - begun, peak_bytes(self._device)
+        names = ((n, p) for n, p in self._base.named_parameters() if ".default." in n)
+        self._adapter = sum(p.nbytes for _, p in names) or self._adapter
+        # A weight that learns has a gradient and two moments, all in fp32.
+        sizes = (4 * learn * self._adapter, idle * self._adapter)
+        self.phases.append(Phase(name, peak, *sizes, seconds))
         gc.collect()
 
 
@@ -225,19 +227,25 @@ def run(shape: str, folder: Path, *, console: Console) -> tuple[Any, list[Phase]
     )
     source, common = str(folder / "base"), {"precision": "bf16", "track": ()}
     steps = {"max_steps": 1, "batch_size": 2, "log_every": 1, "save_every": 1000}
-    with meter.phase("sft"), _given("trainers.sft.load_causal_lm", lambda: base):
+    with meter.phase("sft", learn=1, idle=0), _given("trainers.sft.load_causal_lm", lambda: base):
         supervised = SftConfig(model=source, data=texts, lora=lora, block=64, **steps, **common)
         sft(supervised, folder / "sft", seed=1, console=console)
     take_adapters_off(base)
-    with meter.phase("merge"):
+    with meter.phase("merge", learn=0, idle=1):
         on = PeftModel.from_pretrained(base, str(folder / "sft" / "adapter"))
         merged(on, torch.bfloat16, held="int8")
         del on
-    with meter.phase("reward"), _given("trainers.reward.new_reward_model", classifier_on, base):
+    with (
+        meter.phase("reward", learn=1, idle=0),
+        _given("trainers.reward.new_reward_model", classifier_on, base),
+    ):
         judge = RewardConfig(model=source, data=pairs, lora=lora, **steps, **common)
         reward(judge, folder / "reward", seed=1, console=console)
     take_adapters_off(base)
-    with meter.phase("ppo"), _given("cli.build_roles.load_causal_lm", lambda: base):
+    with (
+        meter.phase("ppo", learn=2, idle=1),
+        _given("cli.build_roles.load_causal_lm", lambda: base),
+    ):
         ppo(_ppo(source, folder, queries, lora), folder / "ppo", seed=1, console=console)
     return base, meter.phases, before
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.memory.roles [--hidden_size 512] [--layers 8] [--base fp32]
 
-A llama of random weights; LoRA of rank 16 on every linear layer; AdamW. Each case runs three
+A llama of random weights; LoRA of rank 8 on every linear layer; AdamW. Each case runs three
 iterations in a process of its own and prints the peak of the bytes of tensors it held (`held.py`),
 and that of the process, libraries and all.
 """
@@ -48,7 +48,7 @@ from suasion.trainers.ppo import PpoLoop, PpoParts
 
 QUERIES = [f"How many are {n} and {n + 1}, and why is it not one more?" for n in range(64)]
 ITERATIONS = 3
-RANK = 16
+RANK = 8
 RETURNING = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
 """Large blocks go back to the system at once: else a process keeps what it has let go."""
 CASES = ("policy alone", "four roles, one base", "four models")

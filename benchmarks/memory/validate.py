@@ -4,9 +4,9 @@
 
 Each setting is one stage of suasion, run by its own code in a fresh process, on random weights of
 60 to 70 million parameters. Measured is the peak of the process as the kernel counts it (VmHWM).
-Predicted is the plan's peak, with what interpreter and libraries hold measured by
-the same stage on a model of a few weights. glibc keeps freed blocks for later, which is not memory in
-use; MALLOC_* makes it give them back, in these processes only.
+Predicted is the plan's peak plus what interpreter and libraries hold, which is measured by the same
+stage on a model of a few weights. glibc keeps freed blocks for later, which is not memory in use;
+MALLOC_* makes it give them back, in these processes only.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ SETTINGS = (
     Setting("full, 4 x 384", "sft", "llama", {"batch_size": 4, "block": 384}),
     Setting("lora int8, 16 x 64", "sft", "llama", {"batch_size": 16, "block": 64, "lora": INT8}),
     Setting(
-        "lora, 6 pairs x 160", "reward", "llama", {"batch_size": 6, "max_length": 160, "lora": LORA}
+        "lora, 6 pairs x 200", "reward", "llama", {"batch_size": 6, "max_length": 200, "lora": LORA}
     ),
     Setting("full, 16 x (96 + 32)", "ppo", "llama", {"micro_batch_tokens": 1024}),
     Setting("lora int8, 16 x (96 + 32)", "ppo", "gpt2", {"micro_batch_tokens": 2048, "lora": INT8}),
@@ -108,7 +108,7 @@ COMMON: dict[str, dict[str, Any]] = {
 }
 SMALLEST: dict[str, dict[str, Any]] = {
     "sft": {"batch_size": 1, "block": 8, "evaluation_rows": 1},
-    "reward": {"batch_size": 1, "max_length": 40},
+    "reward": {"batch_size": 1, "max_length": 200},
     "ppo": {"batch_size": 1, "mini_batch_size": 1, "response": {"max_tokens": 1}},
 }
 """Sizes of the run that shows what interpreter and libraries hold."""
@@ -168,7 +168,7 @@ def measured(folder: Path, setting: Setting, size: str) -> int:
 
 def options(folder: Path, setting: Setting, size: str) -> dict[str, Any]:
     """What the stage is given."""
-    values = {**COMMON[setting.stage], **setting.values}
+    values = {"precision": "fp32", **COMMON[setting.stage], **setting.values}
     if size == "tiny":
         values |= SMALLEST[setting.stage]
     values |= {
@@ -180,15 +180,21 @@ def options(folder: Path, setting: Setting, size: str) -> dict[str, Any]:
     return values
 
 
-def predicted(folder: Path, setting: Setting) -> tuple[int, str]:
-    """Peak of the plan without interpreter and libraries, in bytes, and its phase."""
+def predicted(folder: Path, setting: Setting) -> tuple[int, str, int]:
+    """Peak of the plan without interpreter and libraries, its phase, and what stays mapped.
+
+    Where layers are quantised as they are read, the file in which they are in fp32 stays mapped as
+    long as one tensor of it is used as it is. The kernel counts its pages as the process's, and
+    takes them back when it needs memory; a plan leaves them out.
+    """
     from suasion.plan.cards import this_machine
     from suasion.plan.planner import Planner
 
     config = validate(KINDS[setting.stage], options(folder, setting, "real"), setting.name)
     stage = Planner(replace(this_machine(), process=0)).stage(setting.stage, config)
     most = max(stage.phases, key=lambda phase: phase.total)
-    return most.total, most.name
+    mapped = 4 * sum(role.weights.get("int8", 0) for role in stage.roles)
+    return most.total, most.name, mapped
 
 
 def main() -> int:
@@ -196,7 +202,7 @@ def main() -> int:
     given = parse_overrides(sys.argv[1:])
     quiet_libraries()
     rows: list[dict[str, Any]] = []
-    baselines: dict[tuple[str, str], int] = {}
+    baselines: dict[tuple[str, ...], int] = {}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         make_inputs(folder)
@@ -206,8 +212,8 @@ def main() -> int:
             at = (setting.stage, setting.family)
             if at not in baselines:
                 baselines[at] = measured(folder, setting, "tiny")
-            tensors, phase = predicted(folder, setting)
-            peak, whole = measured(folder, setting, "real"), tensors + baselines[at]
+            tensors, phase, mapped = predicted(folder, setting)
+            peak, whole = measured(folder, setting, "real"), tensors + mapped + baselines[at]
             rows.append(
                 {
                     "stage": setting.stage,
@@ -215,10 +221,11 @@ def main() -> int:
                     "setting": setting.name,
                     "phase": phase,
                     "libraries": baselines[at],
+                    "mapped": mapped,
                     "predicted": whole,
                     "measured": peak,
                     "error": whole / peak - 1,
-                    "error_of_tensors": tensors / (peak - baselines[at]) - 1,
+                    "error_of_tensors": tensors / (peak - mapped - baselines[at]) - 1,
                 }
             )
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
@@ -231,10 +238,10 @@ def main() -> int:
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the table, sizes in MB."""
     table = Table("stage", "family", "setting", "peak in")
-    for name in ("libraries", "predicted", "measured", "error", "of tensors alone"):
+    for name in ("libraries", "file", "predicted", "measured", "error", "of tensors alone"):
         table.add_column(name, justify="right")
     for row in rows:
-        sizes = [f"{row[k] / 1e6:,.0f}" for k in ("libraries", "predicted", "measured")]
+        sizes = [f"{row[k] / 1e6:,.0f}" for k in ("libraries", "mapped", "predicted", "measured")]
         errors = [f"{row[k]:+.1%}" for k in ("error", "error_of_tensors")]
         table.add_row(row["stage"], row["family"], row["setting"], row["phase"], *sizes, *errors)
     Console().print(table)

@@ -8,11 +8,9 @@ from __future__ import annotations
 import io
 import sys
 import tempfile
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from benchmarks.speed.probe import Probe
@@ -41,18 +39,9 @@ LEAN: dict[str, Any] = {"micro_batch_tokens": 512}
 """Options that save memory and leave the result as it is."""
 
 
-def arithmetic(task: Task, kind: type[Any]) -> dict[str, Any]:
-    """The options about precision, as far as this version of the library has them."""
-    names = {entry.name for entry in fields(kind)}
-    found: dict[str, Any] = {}
-    if task.precision != "default":
-        found["precision"] = task.precision
-    if task.matmul == "fast":
-        if "matmul" in names:
-            found["matmul"] = "fast"
-        else:
-            torch.set_float32_matmul_precision("medium")
-    return found
+def asked(task: Task) -> dict[str, Any]:
+    """The option about precision; by itself the library takes the fastest that is exact enough."""
+    return {} if task.precision == "default" else {"precision": task.precision}
 
 
 def policy_parts(task: Task, folder: Path) -> tuple[PpoParts, PpoConfig]:
@@ -74,7 +63,7 @@ def policy_parts(task: Task, folder: Path) -> tuple[PpoParts, PpoConfig]:
         samples=0,
         track=(),
         **(LEAN if task.lean else {}),
-        **arithmetic(task, PpoConfig),
+        **asked(task),
     )
     return ppo_parts(config, seed=SEED), config
 
@@ -83,6 +72,7 @@ def ppo(task: Task, folder: Path, probe: Probe) -> None:
     """Whole iterations of the policy stage."""
     parts, config = policy_parts(task, folder)
     probe.watch(parts.policy.model.get_input_embeddings())
+    probe.note = parts.arithmetic.brief
     seen: list[list[str]] = []
     lengths: list[int] = []
     judge = parts.reward.reward
@@ -126,6 +116,7 @@ def rollout(task: Task, folder: Path, probe: Probe) -> None:
     """Answers to one batch of prompts, with the log-probabilities and values that come with it."""
     parts, config = policy_parts(task, folder)
     probe.watch(parts.policy.model.get_input_embeddings())
+    probe.note = parts.arithmetic.brief
     for step in range(task.iterations):
         start = step * task.batch
         queries = parts.queries[start : start + task.batch]
@@ -144,7 +135,7 @@ def supervised(task: Task, folder: Path, probe: Probe) -> None:
         block=BLOCK,
         evaluation_rows=1,
         lora=LoraConfig(r=LORA_RANK if task.lora else 0, alpha=float(LORA_ALPHA), dropout=0.0),
-        **_training(task, SftConfig),
+        **_training(task),
     )
     steps = timed_steps(probe, [BLOCK] * task.batch, task.vocabulary_size)
     with tempfile.TemporaryDirectory() as scratch, steps:
@@ -158,14 +149,14 @@ def judge(task: Task, folder: Path, probe: Probe) -> None:
         data=str(folder / "pairs.jsonl"),
         template=TEMPLATE,
         lora=LoraConfig(r=LORA_RANK if task.lora else 0, alpha=float(LORA_ALPHA), dropout=0.0),
-        **_training(task, RewardConfig),
+        **_training(task),
     )
     steps = timed_steps(probe, mean_texts(folder, task.batch), task.vocabulary_size)
     with tempfile.TemporaryDirectory() as scratch, steps:
         reward.reward(config, Path(scratch), seed=SEED, console=Console(file=io.StringIO()))
 
 
-def _training(task: Task, kind: type[Any]) -> dict[str, Any]:
+def _training(task: Task) -> dict[str, Any]:
     return {
         "batch_size": task.batch,
         "max_steps": task.iterations,
@@ -174,7 +165,7 @@ def _training(task: Task, kind: type[Any]) -> dict[str, Any]:
         "log_every": 1,
         "save_every": 1000,
         "track": (),
-        **arithmetic(task, kind),
+        **asked(task),
     }
 
 

@@ -188,7 +188,7 @@ def _detail(store: Store, compared: Sequence[Row]) -> str:
         ]
         count = f"{len(found.used)} of {len(found.readings)}"
         cells = (*phases, _speed(found), f"{found.padding:.0%}", _memory(found), count)
-        table.append((task.name, *cells))
+        table.append((f"{task.name}{found.note and f': {found.note}'}", *cells))
     header = (
         "task", "rollout", "scoring", "update", "other", "speed", "padding", "peak", "readings",
     )  # fmt: skip

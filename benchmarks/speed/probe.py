@@ -36,6 +36,8 @@ def peak_bytes() -> int:
 class Probe:
     """Measures iterations phase by phase and prints one JSON line for each.
 
+    `iteration` numbers them from 0; `note` is what the system has to say about itself.
+
     Args:
         clock: Gives seconds.
     """
@@ -43,6 +45,7 @@ class Probe:
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self.iteration = 0
+        self.note = ""
         self._phases: dict[str, float] = {}
         self._positions = self._tokens = 0
         self._began: float | None = None
@@ -113,6 +116,7 @@ class Probe:
             "tokens": self._tokens,
             "peak_bytes": peak_bytes(),
             "other_cores": max(others / wall, 0.0),
+            "note": self.note,
         }
         print(json.dumps(line), flush=True)
         self.iteration += 1

@@ -84,11 +84,7 @@ MORE = (
 )  # fmt: skip
 ONE_EPOCH = (
     ("PPO of one epoch, `auto` against as installed", OURS.on(epochs=1), CLASSIC.on(epochs=1)),
-    (
-        "PPO of one epoch, separate critic, `auto` against as installed",
-        OURS.on(epochs=1, critic="separate"), LAST.on(epochs=1),
-    ),
-)  # fmt: skip
+)
 PAGES = (
     (
         "PPO, `auto` against as installed, freed memory kept by both",

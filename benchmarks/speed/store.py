@@ -173,6 +173,11 @@ class Summary:
         return all(row["other_cores"] > QUIET for row in self.readings)
 
     @property
+    def note(self) -> str:
+        """What the system said about itself, where it did."""
+        return str(self.readings[-1].get("note", ""))
+
+    @property
     def phases(self) -> dict[str, float]:
         """Seconds by phase."""
         names = dict.fromkeys(name for row in self.used for name in row["phases"])

@@ -36,7 +36,7 @@ class Task:
     precision: str = "default"
     """default (as installed), fp32 or bf16."""
     matmul: str = "default"
-    """fast: fp32 products on the faster back end where the system has no choice of its own."""
+    """fast: a peer is given the faster way to multiply fp32 matrices; ours chooses by itself."""
     critic: str = "trunk"
     """trunk or separate."""
     epochs: int = 4

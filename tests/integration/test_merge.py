@@ -195,6 +195,19 @@ def test_saving_after_training_dequantises_first(tmp_path: Path, family: str) ->
 
 
 @pytest.mark.parametrize("family", ["llama"], indirect=True)
+def test_an_adapter_on_an_adapter(base: Path, table: Path) -> None:
+    """The second one lies on both, and is merged into both."""
+    first = write_adapter(base, head=False, held="int8")
+    first = first.rename(first.with_name("first"))
+    second = write_adapter(first, head=False, held="nf4")
+    settings = json.loads((second / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(first)
+    found = merge(configured(second, table), base.parent / "merged")
+    assert found["base_held"] == "nf4"
+    assert found["largest_difference"] < 5e-5
+
+
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_in_sixteen_bits(base: Path, table: Path, dtype: str) -> None:
     """Half the size; the rounding shows in the receipt, and is a small share of the effect."""

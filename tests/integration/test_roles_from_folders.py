@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -46,7 +47,7 @@ from suasion.models.shared import POLICY, REFERENCE, REWARD
 from suasion.rollout.rewards import RewardModel
 from suasion.trainers.ppo import PpoLoop, PpoParts, roll_out
 from suasion.watch.subject import subject_of
-from suasion.watch.suite import CHECKS, run_checks
+from suasion.watch.suite import CHECKS, QUICK, run_checks
 
 QUIET = Console(quiet=True)
 QUERIES = [f"How many are {n} and {n + 1}?" for n in range(24)]
@@ -168,6 +169,20 @@ def test_a_healthy_shared_base_passes_every_check(config: Build, kind: Any) -> N
     found = run_checks(subject_of(parts_of(c), c, seed=1), console=QUIET)
     assert [finding.name for finding in found] == list(CHECKS)
     assert next(f for f in found if f.name == "head").applies
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
+@pytest.mark.parametrize("held", ["int8", "nf4"])
+def test_rollout_and_update_are_one_function_on_a_quantised_base(config: Build, held: Any) -> None:
+    """The first ratio is 1, the KL to the reference 0, and every weight that learns is reached."""
+    c = config(lora=LoraConfig(r=4, base=held))
+    found = run_checks(subject_of(parts_of(c), c, seed=1), QUICK, console=QUIET)
+    measured = {finding.name: finding.measured for finding in found}
+    assert measured["ratio"]["ratio_error"] < 1e-5
+    assert measured["gradients"]["without_gradient"] == 0
+    assert measured["roles"]["largest"] == 0.0
 
 
 @pytest.fixture(scope="module")

@@ -209,7 +209,7 @@ def test_one_base_is_four_models(family: str, held: Any, tmp_path: Path) -> None
             ours.roles.policy.trainable(), theirs.roles.policy.trainable(), strict=True
         ):
             a.copy_(b)
-    held = {n: p.clone() for n, p in scope_of(ours).base_weights()}
+    base = {n: p.clone() for n, p in scope_of(ours).base_weights()}
     begun = [p.clone() for p in ours.optimizer.param_groups[0]["params"]]
     for number in range(ROUNDS):
         (texts, own), (expected, other) = ours.round(number), theirs.round(number)
@@ -222,7 +222,7 @@ def test_one_base_is_four_models(family: str, held: Any, tmp_path: Path) -> None
     # The rounds did something, and the base took no part in it.
     assert largest(ours.optimizer.param_groups[0]["params"], begun) > 1e-3
     assert largest([own.ref_logprobs], [own.logprobs]) > 1e-3
-    assert all(torch.equal(held[n], p) for n, p in scope_of(ours).base_weights())
+    assert all(torch.equal(base[n], p) for n, p in scope_of(ours).base_weights())
 
 
 @QUANTISED

@@ -262,9 +262,8 @@ def _adapter_critic(config: PpoConfig, policy: Policy, reward: StoredAdapter | N
         return _on_trunk(policy)
     if config.critic.kind == "policy_copy":
         copy_adapter(policy.model, POLICY, CRITIC)
-        head = nn.Linear(hidden_size_of(policy), 1)
+        head = nn.Linear(hidden_size_of(policy), 1, bias=False)  # a classifier's has none
         nn.init.zeros_(head.weight)
-        nn.init.zeros_(head.bias)
     elif reward is None:
         raise _no_reward_model(str(config.reward))
     else:

@@ -29,6 +29,10 @@ SCHEDULES: dict[str, Callable[..., float]] = {
 """Schedules with a name of their own."""
 
 
+FUSED = (torch.optim.Adam, torch.optim.AdamW)
+"""Optimizers that make their step in one pass over memory, if told to."""
+
+
 @dataclass(frozen=True)
 class Placement:
     """A way to hold the policy near the reference."""
@@ -136,7 +140,8 @@ def optimizer_of(
     ]
     kind = load_function(config.optimizer)
     check_options("optimizer", config.optimizer, kind, config.optimizer_options, ("params", "lr"))
-    optimizer = _built("optimizer", partial(kind, groups, lr=rate), config.optimizer_options)
+    options = {**({"fused": True} if kind in FUSED else {}), **config.optimizer_options}
+    optimizer = _built("optimizer", partial(kind, groups, lr=rate), options)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(f"ppo.optimizer {config.optimizer} is not a torch optimizer")
     return optimizer

@@ -107,9 +107,10 @@ def linear_logprobs(
     # the backward pass runs outside the caller's autocast region.
     with torch.autocast(device, enabled=False):
         logprobs, entropy = _LinearLogprobs.apply(
-            hidden.to(dtype),
-            weight.to(dtype),
-            None if bias is None else bias.to(dtype),
+            hidden,
+            weight,
+            bias,
+            dtype,
             tokens.long(),
             temperature,
             chunk,
@@ -132,6 +133,7 @@ class _LinearLogprobs(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        dtype: torch.dtype,
         tokens: Tensor,
         temperature: float,
         chunk: int,
@@ -139,23 +141,23 @@ class _LinearLogprobs(torch.autograd.Function):
         keep: bool,  # noqa: FBT001
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
+        # Converted in here, so that the sums of the backward pass need not be converted back.
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
         n = hidden.shape[0]
         out_dtype = _wide(hidden.dtype)
         logprobs = torch.empty(n, dtype=out_dtype, device=hidden.device)
-        normaliser = torch.empty_like(logprobs)
         entropy = torch.empty_like(logprobs) if with_entropy else None
         kept = []
         for start in range(0, n, chunk):
             part = slice(start, start + chunk)
-            z = _tempered_logits(hidden[part], weight, bias, temperature)
-            normaliser[part] = z.logsumexp(1)
-            logprobs[part] = z.gather(1, tokens[part, None]).squeeze(1) - normaliser[part]
-            logp = z.sub_(normaliser[part, None])
+            logp = _tempered_logits(hidden[part], weight, bias, temperature).log_softmax(1)
+            logprobs[part] = logp.gather(1, tokens[part, None]).squeeze(1)
             if entropy is not None:
                 entropy[part] = -logp.exp().mul_(logp).sum(1)
             if keep:
                 kept.append(logp)
-        ctx.save_for_backward(hidden, weight, bias, tokens, normaliser, entropy, *kept)
+        ctx.save_for_backward(hidden, weight, bias, tokens, entropy, *kept)
         ctx.temperature, ctx.chunk = temperature, chunk
         return logprobs, entropy
 
@@ -164,10 +166,10 @@ class _LinearLogprobs(torch.autograd.Function):
     def backward(
         ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, tokens, normaliser, entropy, *kept = ctx.saved_tensors
+        hidden, weight, bias, tokens, entropy, *kept = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         if grad_logprobs is None:
-            grad_logprobs = torch.zeros_like(normaliser)
+            grad_logprobs = torch.zeros(len(tokens), dtype=_wide(hidden.dtype), device=hidden.device)
         # Sums over many chunks lose too much in half precision.
         wide = _wide(weight.dtype)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -179,7 +181,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 logp = kept[index]
             else:
                 z = _tempered_logits(hidden[part], weight, bias, ctx.temperature)
-                logp = z.sub_(normaliser[part, None])
+                logp = z.log_softmax(1)
             grad_z = logp.exp()
             if grad_entropy is None:
                 grad_z.mul_(-grad_logprobs[part, None])
@@ -187,7 +189,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 slope = (logp + entropy[part, None]).mul_(-grad_entropy[part, None])
                 grad_z.mul_(slope.sub_(grad_logprobs[part, None]))
             grad_z.scatter_add_(1, tokens[part, None], grad_logprobs[part, None])
-            grad_z.div_(ctx.temperature)
+            _temper(grad_z, ctx.temperature)
             if grad_bias is not None:
                 grad_bias += grad_z.sum(0)
             grad_logits = grad_z.to(hidden.dtype)
@@ -196,7 +198,7 @@ class _LinearLogprobs(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight += grad_logits.T @ hidden[part]
         # The engine casts the wide sums to the dtype of what they are the gradients of.
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
 
 
 def _tempered_logits(
@@ -204,7 +206,12 @@ def _tempered_logits(
 ) -> Tensor:
     """Logits of one chunk in float32 or wider, as a tensor that may be overwritten."""
     logits = torch.nn.functional.linear(hidden, weight, bias)
-    return logits.to(_wide(logits.dtype)).div_(temperature)
+    return _temper(logits.to(_wide(logits.dtype)), temperature)
+
+
+def _temper(chunk: Tensor, temperature: float) -> Tensor:
+    """Divide in place, where that does anything: it is a pass over a large tensor."""
+    return chunk if temperature == 1.0 else chunk.div_(temperature)
 
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:

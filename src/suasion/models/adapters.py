@@ -15,15 +15,8 @@ from suasion.config.schema import LoraConfig
 from suasion.core.errors import ConfigError, ModelError
 from suasion.core.files import file_hash, read_json
 from suasion.models.checkpointing import checkpoint_layers
-from suasion.models.quantised import (
-    FrozenLinear,
-    as_conv1d,
-    densify,
-    held_as,
-    is_quantised,
-    plain_layer,
-    quantised_layer,
-)
+from suasion.models.frozen import FrozenLinear, as_conv1d, plain_layer, quantised_layer
+from suasion.models.quantised import densify, held_as, is_quantised
 
 
 def add_lora(
@@ -79,6 +72,9 @@ def merged(model: Any, dtype: torch.dtype = torch.float32, *, held: str = "fp32"
 
     Returns:
         The plain model.
+
+    Raises:
+        ModelError: a merged weight is not finite.
     """
     # By name: a list of the layers would keep each of them until the last is done.
     for name in [name for name, m in model.named_modules() if isinstance(m, LoraLayer)]:
@@ -86,10 +82,18 @@ def merged(model: Any, dtype: torch.dtype = torch.float32, *, held: str = "fp32"
         frozen = layer.get_base_layer()
         plain = plain_layer(frozen, torch.float32)
         layer.base_layer = plain
-        layer.merge(safe_merge=True)
+        layer.merge()
+        if not torch.isfinite(plain.weight).all():
+            raise ModelError(
+                f"merged, {name} has weights that are not finite",
+                "the adapter's training went wrong; take an earlier one",
+            )
         plain.weight.data = plain.weight.data.to(dtype)
         new = as_conv1d(plain) if _was_conv1d(frozen) else plain
-        model.set_submodule(name, quantised_layer(new, held) if is_quantised(held) else new)
+        if is_quantised(held):
+            new = quantised_layer(new, held)
+            new.workspace = getattr(frozen, "workspace", None)
+        model.set_submodule(name, new)
     rest = model.merge_and_unload(safe_merge=True)  # heads
     return rest if is_quantised(held) else densify(rest, dtype)
 

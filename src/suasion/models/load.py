@@ -29,7 +29,8 @@ from suasion.core.errors import ConfigError, ModelError
 from suasion.core.files import atomic_folder, read_json, write_json
 from suasion.data.codec import Codec, Template
 from suasion.models.adapters import base_record, check_base, merged
-from suasion.models.quantised import WideHead, hold, loading_options, settle
+from suasion.models.frozen import WideHead
+from suasion.models.quantised import hold, loading_options, settle
 
 SIDECAR = "suasion.json"
 """Beside a model's own files: the template it was trained with; of an adapter, what it lies on."""
@@ -192,10 +193,12 @@ def score_head(model: Any) -> torch.nn.Linear:
 def save_model(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     """Write a plain transformers (or peft) folder with its tokenizer and template, atomically."""
     told: dict[str, Any] = {"template": template}
+    options: dict[str, Any] = {}
     if hasattr(model, "peft_config"):
         told["base"] = base_record(model)
+        options["save_embedding_layers"] = False  # peft would look whether the vocabulary grew
     with atomic_folder(folder) as partial:
-        model.save_pretrained(partial, safe_serialization=True)
+        model.save_pretrained(partial, safe_serialization=True, **options)
         tokenizer.save_pretrained(partial)
         write_json(partial / SIDECAR, told)
 

@@ -16,7 +16,7 @@ from suasion.models.roles import Policy
 from suasion.plan.cards import Card
 from suasion.plan.records import StagePlan, Work
 from suasion.plan.rehearse import Rehearsal, Workshop
-from suasion.plan.scoring import SCORED_TOKENS, answer_phases, judge_of
+from suasion.plan.scoring import SCORED_TOKENS, answer_phases, folded, judge_of
 from suasion.plan.training import PERPLEXITY_TOKENS
 
 JUDGES = ("reward", "gold")
@@ -64,15 +64,19 @@ class Evaluation:
     def run(self, config: EvaluateConfig) -> StagePlan:
         """Go through the stage once."""
         length = self.context
-        texts = [[0] * length] * min(max(1, PERPLEXITY_TOKENS // length), config.evaluation_rows)
+        rows = min(max(1, PERPLEXITY_TOKENS // length), config.evaluation_rows)
         for name in ("start", "perplexity_of"):
             if name in self.policies:
-                look = partial(perplexity, self.policies[name], texts, pad_id=0)
+                count, each = folded(self.policies[name], rows, length)
+                texts = [[0] * each] * count
+                look = partial(
+                    perplexity, self.policies[name], texts, pad_id=0, batch_tokens=count * each
+                )
                 self.stage.phase(f"perplexity of {name}", look, [name])
         judges = tuple(self.judges)
-        scored = [([0], [0] * (length - 1))] * max(1, SCORED_TOKENS // length)
         for name, judge in self.judges.items():
-            self.stage.phase(f"scores of {name}", partial(judge.score_tokens, scored), judges)
+            score = partial(judge.score, max(1, SCORED_TOKENS // length), 1, length - 1)
+            self.stage.phase(f"scores of {name}", score, judges)
         if "after" in self.policies and "before" in self.policies:
             self._compare(config, ("before", "after", *judges))
         roles = self.stage.roles
@@ -94,7 +98,8 @@ class Evaluation:
             self.stage, after, count, prompt, config.response, autocast=nullcontext, roles=held
         )
         rows = min(count, max(1, SCORED_TOKENS // self.context))
-        batch = token_batch([[0] * prompt] * rows, [[0] * longest] * rows, 0)
+        rows, p, r = folded(before, rows, prompt, longest)
+        batch = token_batch([[0] * p] * rows, [[0] * r] * rows, 0)
 
         def divergence() -> None:
             before.logprobs(batch)

@@ -25,11 +25,9 @@ from transformers.pytorch_utils import Conv1D
 from suasion.config.schema import LoraConfig
 from suasion.core.errors import ModelError
 from suasion.models.adapters import add_lora
-from suasion.models.load import score_head
+from suasion.models.frozen import NF4_BLOCK, FrozenLinear, WideHead, Workspace
+from suasion.models.load import score_head, with_fused_activations
 from suasion.models.quantised import (
-    NF4_BLOCK,
-    FrozenLinear,
-    WideHead,
     is_quantised,
     plain_layers,
 )
@@ -74,13 +72,17 @@ def hollow_model(
             raise ModelError(
                 f"transformers has no {what} of the family {config.model_type}"
             ) from error
+        with_fused_activations(model)
         if scores and dtype is not torch.float32:
             WideHead.on(model, score_head(model))
         if held != "fp32":
             model.requires_grad_(False)  # noqa: FBT003
         if is_quantised(held):
+            workspace = Workspace()
             for name, layer in plain_layers(model):
-                model.set_submodule(name, _codes(layer, held))
+                codes = _codes(layer, held)
+                codes.workspace = workspace
+                model.set_submodule(name, codes)
         if lora is not None and lora.r:
             model = add_lora(model, lora, head=scores, dropout=dropout)
             for name, rank in more:

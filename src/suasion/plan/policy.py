@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -39,10 +40,10 @@ from suasion.plan.cards import Card
 from suasion.plan.hollow import furnish
 from suasion.plan.records import StagePlan, Work
 from suasion.plan.rehearse import Optimizer, Rehearsal, Workshop, merge_parts
-from suasion.plan.scoring import SCORED_TOKENS, SLOTS, answer_phases, judge_of
+from suasion.plan.scoring import SCORED_TOKENS, SLOTS, Judge, answer_phases, folded, judge_of
 from suasion.plan.states import Stored, measured_states
 from suasion.rollout.experience import Experience, build_experience
-from suasion.rollout.rewards import RewardModel, load_function
+from suasion.rollout.rewards import load_function
 from suasion.trainers.policy import PolicyTrainer, UpdateSettings
 
 
@@ -162,7 +163,7 @@ class PolicyStage:
         with self.stage.trying(model):
             return ModelCritic(model)
 
-    def _judge(self, shop: Workshop, config: PpoConfig, *, shares: bool) -> RewardModel | None:
+    def _judge(self, shop: Workshop, config: PpoConfig, *, shares: bool) -> Judge | None:
         if self.cast.reward is None:
             return None
         if shares:
@@ -199,8 +200,9 @@ class PolicyStage:
         here = tuple(role.name for role in self.stage.roles if role.name not in away)
         # Two micro-batches show everything: the second one finds the gradients of the first.
         rows = min(config.mini_batch_size, 2 * per_pass)
-        trainer = self._trainer(config, rows)
-        experience = _experience(rows, prompt, longest)
+        few, p, r = folded(self.policy, rows, prompt, longest)
+        trainer = self._trainer(config, few)
+        experience = _experience(few, p, r)
         self.policy.model.train()
         self.stage.phase(
             "update", lambda: trainer.optimise(experience, torch.Generator().manual_seed(0)), here
@@ -217,13 +219,13 @@ class PolicyStage:
         )
         if self.judge is not None:
             together = min(config.batch_size, -(-SCORED_TOKENS // whole))
-            texts = [([0] * prompt, [0] * longest)] * together
-            judge = self.judge
-            self.stage.phase("rewards", lambda: judge.score_tokens(texts), here)
-        rollout = _rollout(min(config.batch_size, 2 * per_pass), prompt, longest, self.critic)
+            score = partial(self.judge.score, together, prompt, longest)
+            self.stage.phase("rewards", score, here)
+        few, p, r = folded(self.policy, min(config.batch_size, per_pass), prompt, longest)
+        rollout = _rollout(few, p, r, self.critic)
         self.stage.phase("scoring", partial(self._score, config, rollout))
         if self.merges:
-            merge_parts(self.stage, self.policy.model, on_host=self.card.gpu)
+            merge_parts(self.stage, self.policy.model, config.lora, on_host=self.card.gpu)
         said = () if config.prompt_tokens else (f"ppo: prompts of up to {prompt} tokens",)
         work = self._work(config, prompt)
         return StagePlan("ppo", self.stage.roles, self.stage.taken(), work, said)
@@ -249,7 +251,7 @@ class PolicyStage:
             self.policy,
             self.critic,
             optimizer,
-            torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0),
+            SimpleNamespace(step=lambda: None),  # the learning rate takes no memory
             partial(clipped_surrogate, clip_low=config.clip, clip_high=config.clip),
             partial(clipped_value_loss, clip=config.critic.clip),
             UpdateSettings(

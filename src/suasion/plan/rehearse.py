@@ -6,6 +6,7 @@ experience is `build_experience`, scores are `RewardModel.score_tokens`. Only th
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from suasion.config.schema import LoraConfig
 from suasion.plan.hollow import furnish, held_by, hollow_model, shallow, tensors_of
 from suasion.plan.ledger import ACTIVATIONS, GRADIENTS, OPTIMIZER, Ledger, without_contents
 from suasion.plan.records import ADAPTERS, PARTS, PROCESS, WEIGHTS, PhasePlan, RolePlan
@@ -87,8 +89,13 @@ class Rehearsal:
     @contextmanager
     def inside(self) -> Iterator[Ledger]:
         """Book everything in here."""
-        with self._world, self.ledger:
-            yield self.ledger
+        with warnings.catch_warnings():
+            # Making an empty tensor of a small real one asks that one for its gradient, and a copy
+            # of an empty one asks where its contents are.
+            for message in ("The .grad attribute of a Tensor that is not", "Accessing the data po"):
+                warnings.filterwarnings("ignore", message=message)
+            with self._world, self.ledger:
+                yield self.ledger
 
     @contextmanager
     def trying(self, model: Any) -> Iterator[None]:
@@ -169,16 +176,17 @@ def trainer_optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, fused=True)
 
 
-def merge_parts(stage: Rehearsal, model: nn.Module, *, on_host: bool) -> None:
-    """Note what merging an adapter needs: its base in fp32, in the memory of the processor.
+def merge_parts(stage: Rehearsal, model: nn.Module, lora: LoraConfig, *, on_host: bool) -> None:
+    """Note what merging an adapter needs: its base unpacked, in the memory of the processor.
 
     Args:
         stage: Keeps the books.
         model: With its adapter.
+        lora: Says in which type it is merged.
         on_host: Whether that is another memory than the one planned for.
     """
     held = held_by(model, tensors_of(model))
-    dense = 4 * held.parameters
+    dense = (4 if lora.merge_dtype == "fp32" else 2) * held.parameters
     already = sum(held.weights.values())
     largest = max(4 * p.numel() for p in model.parameters())
     # Layer by layer, each is let go in its old form once it is there in the new one.

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from suasion.plan.records import PARTS, Plan, RolePlan, StagePlan, Verdict
 
-NAMES = {"kv_cache": "KV cache", "process": "libraries", "casts": "casts"}
+NAMES = {
+    "adapters": "adapt.",
+    "optimizer": "optim.",
+    "gradients": "grad.",
+    "kv_cache": "cache",
+    "activations": "activ.",
+    "process": "libs",
+}
+"""Short, so that a table is as wide as a terminal."""
+LARGE = 1e10
+"""Peaks from here on are told in GB."""
 
 
 def size(count: float) -> str:
@@ -42,7 +53,7 @@ def show(plan: Plan, console: Console) -> None:
 
 
 def _roles(stage: StagePlan) -> Table:
-    table = Table(title=f"{stage.name}: who is in memory", title_justify="left", title_style="bold")
+    table = _table(f"{stage.name}: who is in memory")
     table.add_column("role")
     for name in ("weights", "adapters", "gradients", "optimizer"):
         table.add_column(name, justify="right")
@@ -64,17 +75,26 @@ def _weights(role: RolePlan) -> str:
 
 def _phases(stage: StagePlan) -> Table:
     """One row per phase; parts that are nowhere have no column."""
-    shown = [p for p in PARTS if any(phase.parts[p] for phase in stage.phases)]
-    table = Table(title=f"{stage.name}: at most", title_justify="left", title_style="bold")
-    table.add_column("phase")
+    unit, name = (1e9, "GB") if stage.peak.total >= LARGE else (1e6, "MB")
+    shown = [p for p in PARTS if any(phase.parts[p] >= unit / 20 for phase in stage.phases)]
+    table = _table(f"{stage.name}: at most, in {name}")
+    table.add_column("phase", no_wrap=True)
     for part in shown:
-        table.add_column(NAMES.get(part, part), justify="right")
-    table.add_column("total", justify="right", style="bold")
+        table.add_column(NAMES.get(part, part), justify="right", no_wrap=True)
+    table.add_column("total", justify="right", style="bold", no_wrap=True)
     for phase in stage.phases:
-        name = f"{phase.name} (processor)" if phase.on_host else phase.name
-        name = f"[bold]{name} *[/]" if phase is stage.peak else name
-        table.add_row(name, *(size(phase.parts[p]) for p in shown), size(phase.total))
+        cells = [phase.parts[part] / unit for part in shown] + [phase.total / unit]
+        table.add_row(
+            phase.name + (" (host)" if phase.on_host else " *" if phase is stage.peak else ""),
+            *(f"{cell:,.1f}" if unit == 1e9 else f"{cell:,.0f}" for cell in cells),
+        )
     return table
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE, padding=(0, 1, 0, 0)
+    )
 
 
 def _say(plan: Plan, stage: StagePlan, verdict: Verdict, console: Console) -> None:

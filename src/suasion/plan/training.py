@@ -17,7 +17,7 @@ from suasion.models.roles import Policy
 from suasion.plan.cards import Card
 from suasion.plan.records import RolePlan, StagePlan, Work
 from suasion.plan.rehearse import Rehearsal, Workshop, merge_parts, trainer_optimizer
-from suasion.plan.scoring import SCORED_TOKENS, judge_of
+from suasion.plan.scoring import SCORED_TOKENS, folded, judge_of
 from suasion.trainers.packed import Blocks, causal_lm_loss
 from suasion.trainers.reward import preference_loss, scoring_states
 
@@ -63,26 +63,31 @@ class Supervised:
             self.policy = Policy(self.model, 1.0)
         learns = [p for p in self.model.parameters() if p.requires_grad]
         self.stage.train(trainer_optimizer, {MODEL: (learns, config.learning_rate)})
-        self.merges = lora is not None and lora.r > 0 and lora.merge
+        self.merged = lora if lora is not None and lora.r > 0 and lora.merge else None
 
     def run(self, config: PretrainConfig | SftConfig) -> StagePlan:
         """Go through the stage once, with the sizes of `config`."""
         rows = max(1, PERPLEXITY_TOKENS // config.block)
         if isinstance(config, SftConfig):
             rows = min(rows, config.evaluation_rows)
-        texts = [[0] * config.block] * rows
+        rows, length = folded(self.policy, rows, max(2, config.block))
+        texts = [[0] * length] * rows
         self.model.train()
         self.stage.phase("update", partial(self._update, config))
         self.stage.forget_gradients()
-        self.stage.phase("perplexity", lambda: perplexity(self.policy, texts, pad_id=0))
-        if self.merges:
-            merge_parts(self.stage, self.model, on_host=self.card.gpu)
+        self.stage.phase(
+            "perplexity",
+            lambda: perplexity(self.policy, texts, pad_id=0, batch_tokens=rows * length),
+        )
+        if self.merged:
+            merge_parts(self.stage, self.model, self.merged, on_host=self.card.gpu)
         tokens = config.batch_size * config.accumulate * config.block
         work = Work(training_operations(self.stage.roles, tokens), tokens, config.max_steps)
         return StagePlan(self.name, self.stage.roles, self.stage.taken(), work)
 
     def _update(self, config: PretrainConfig | SftConfig) -> None:
-        rows = [torch.zeros(config.block, dtype=torch.long)] * config.batch_size
+        count, length = folded(self.policy, config.batch_size, config.block)
+        rows = [torch.zeros(length, dtype=torch.long)] * count
         for _ in range(min(config.accumulate, 2)):
             with self.card.autocast(config.precision):
                 loss = causal_lm_loss(self.policy, Blocks.collate(rows))
@@ -136,10 +141,9 @@ class Pairs:
         self.stage.phase("update", partial(self._update, config, length))
         self.stage.forget_gradients()
         rows = max(1, min(SCORED_TOKENS // length, 2 * config.evaluation_pairs))
-        texts = [([0], [0] * (length - 1))] * rows
-        self.card_stage.phase("scoring", lambda: self.judge.score_tokens(texts))
+        self.card_stage.phase("scoring", partial(self.judge.score, rows, 1, length - 1))
         if self.merges:
-            merge_parts(self.stage, self.model, on_host=self.card.gpu)
+            merge_parts(self.stage, self.model, config.lora, on_host=self.card.gpu)
         tokens = 2 * config.batch_size * config.accumulate * length
         work = Work(training_operations(self.stage.roles, tokens), tokens, config.max_steps)
         said = () if config.max_length else (f"reward: texts of up to {length} tokens",)
@@ -148,7 +152,9 @@ class Pairs:
 
     def _update(self, config: RewardConfig, length: int) -> None:
         # One text is shorter than the others, so that there is padding to mask.
-        lengths = [length - 1] * (2 * config.batch_size - 1) + [max(1, length - 2)]
+        count, each = folded(self.states, 2 * config.batch_size, length)
+        count += count % 2
+        lengths = [each - 1] * (count - 1) + [max(1, each - 2)]
         batch = token_batch([[0]] * len(lengths), [[0] * n for n in lengths], 0)
         inputs = {"input_ids": batch.ids, "attention_mask": batch.mask}
         for _ in range(min(config.accumulate, 2)):

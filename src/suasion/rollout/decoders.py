@@ -195,6 +195,8 @@ class SlotCache:
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values; all that its queries may look at."""
+        # Under autocast keys may come in float32, rotated; attention would round all of them anew.
+        key = key.to(value.dtype)
         if layer not in self._layers:
             shape = (self._slots, key.shape[1], self._room, key.shape[3])
             self._layers[layer] = (key.new_zeros(shape), value.new_zeros(shape))

@@ -25,7 +25,8 @@ def decoding_weights(policy: Policy) -> Iterator[None]:
 
     In bf16 with inputs side by side if the surrounding autocast asks for bf16; else, on a
     processor, in float32 with outputs side by side. Takes the memory of one more copy of them.
-    The output head is copied, for it may share its weight with the embedding.
+    The output head is copied, for it may share its weight with the embedding. Frozen weights keep
+    their float32 form: where only adapters learn, a copy of them would be what takes most memory.
 
     Args:
         policy: The model that is about to decode.
@@ -37,20 +38,24 @@ def decoding_weights(policy: Policy) -> Iterator[None]:
         yield
         return
     kept: list[tuple[Any, Tensor]] = []
-    for module in policy.trunk.modules():
-        if not isinstance(module, nn.Linear | Conv1D) or module.weight.dtype is not torch.float32:
-            continue
-        weight, inputs_last = module.weight, isinstance(module, nn.Linear)
-        kept.append((weight, weight.data))
-        weight.data = _along(weight.data.to(dtype), last=inputs_last is half)
-    if type(policy.head) is nn.Linear and policy.head.weight.dtype is torch.float32:
-        policy.decoding_head = _along(policy.head.weight.data.to(dtype), last=half)
     try:
+        for module in policy.trunk.modules():
+            if not isinstance(module, nn.Linear | Conv1D) or not _converts(module.weight, half):
+                continue
+            weight, inputs_last = module.weight, isinstance(module, nn.Linear)
+            kept.append((weight, weight.data))
+            weight.data = _along(weight.data.to(dtype), last=inputs_last is half)
+        if type(policy.head) is nn.Linear and _converts(policy.head.weight, half):
+            policy.decoding_head = _along(policy.head.weight.data.to(dtype), last=half)
         yield
     finally:
         policy.decoding_head = None
         for weight, data in kept:
             weight.data = data
+
+
+def _converts(weight: Tensor, half: bool) -> bool:  # noqa: FBT001
+    return weight.dtype is torch.float32 and (half or weight.requires_grad)
 
 
 def _along(weight: Tensor, *, last: bool) -> Tensor:

@@ -42,7 +42,7 @@ def save_checkpoint(
         state: Plain values: KL coefficient, running moments, ...
     """
     tensors = {
-        f"{name}/{key}": tensor.detach().contiguous().clone()
+        f"{name}/{key}": tensor.detach().contiguous()
         for name, module in modules.items()
         for key, tensor in _learned(module).items()
     }
@@ -51,7 +51,7 @@ def save_checkpoint(
     for index, entries in optimizer_state["state"].items():
         for key, value in _flat(entries):
             if isinstance(value, Tensor):
-                tensors[f"optimizer/{index}/{key}"] = value.detach().contiguous().clone()
+                tensors[f"optimizer/{index}/{key}"] = value.detach().contiguous()
             else:
                 plain.setdefault(str(index), {})[key] = value
     target = folder / f"step-{step:08d}"

@@ -130,6 +130,8 @@ def fit(
     trainer.add_callback(_Sealer(trainer.losses, ranks))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
+        # Where the base is itself an adapter's folder; only peft's own checkpoints look for it.
+        warnings.filterwarnings("ignore", message="Could not find a config file")
         try:
             with _calls_give(model, loss), float32_products(arithmetic.training):
                 outcome = trainer.train(resume_from_checkpoint=str(newest) if newest else None)

@@ -180,7 +180,8 @@ class PpoLoop:
         rollout = self._roll_out(queries, ("rollout", step), c.response.min_sampled)
         clock.append(time.perf_counter())
         texts = [p.codec.text_of(ids) for ids in rollout.responses]
-        raw = torch.tensor(self._scores(queries, texts), dtype=torch.float32)
+        with p.trainer.autocast():
+            raw = torch.tensor(self._scores(queries, texts), dtype=torch.float32)
         lengths = torch.tensor([len(ids) for ids in rollout.responses])
         scores = self.shaper(raw, torch.tensor(rollout.finished), lengths)
         clock.append(time.perf_counter())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import benchmarks.speed
 import pytest
 from benchmarks.speed import rows as comparisons
 from benchmarks.speed.floor import Model, floor_seconds
@@ -28,6 +30,7 @@ RATES = {
     "bf16 flops": 900e9,
     "bf16 error": 2.9e-3,
 }
+PEERS = Path(benchmarks.speed.__file__).with_name("peers")
 ROUNDING = RATES | {"fp32 fast error": 2.4e-3}
 """A processor whose faster product is no fp32."""
 
@@ -168,7 +171,7 @@ def test_readings_are_found_among_chatter() -> None:
 def test_faster_product_is_given_only_where_it_is_fp32() -> None:
     """On a processor that rounds to bf16 there, nobody gets it, and no task is run twice."""
     asked = OURS.on(precision="fp32", matmul="fast")
-    assert settled(asked, RATES).matmul == "fast"
+    assert settled(asked, RATES).matmul == "default", "the library chooses by itself"
     assert settled(asked, ROUNDING) == settled(OURS.on(precision="fp32"), ROUNDING)
     peer = CLASSIC.on(precision="fp32", matmul="fast")
     assert settled(peer, ROUNDING) == settled(CLASSIC, ROUNDING)
@@ -269,3 +272,17 @@ def test_probe_reports_phases_that_add_up(capsys: pytest.CaptureFixture[str]) ->
     assert found["peak_bytes"] > 1e7
     assert probe.iteration == 1
     assert not probe.running
+
+
+@pytest.mark.parametrize("path", sorted(PEERS.glob("*.txt")), ids=lambda path: path.stem)
+def test_peers_are_pinned(path: Path) -> None:
+    """Exact versions only; torch is ours, and installed before anything that could replace it."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert pins
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9a-z.]*", pin) for pin in pins)
+    ours = (PEERS.parents[2] / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    torch = [pin for pin in pins if pin.startswith("torch==")]
+    assert torch == (
+        [pin for pin in ours if pin.startswith("torch==")] if path.stem == "torch" else []
+    )

@@ -21,12 +21,11 @@ from transformers.pytorch_utils import Conv1D
 from suasion.config.schema import LoraConfig
 from suasion.core.errors import ConfigError, ModelError
 from suasion.core.records import token_batch
-from suasion.models import quantised
+from suasion.models import frozen
 from suasion.models.adapters import add_lora, base_record, check_base, merged
+from suasion.models.frozen import FrozenLinear, WideHead
 from suasion.models.load import load_causal_lm, new_reward_model, switch_off_dropout
 from suasion.models.quantised import (
-    FrozenLinear,
-    WideHead,
     check_held,
     densify,
     held_as,
@@ -144,8 +143,8 @@ def shake(model: Any) -> None:
 def test_gradients_are_those_of_the_dense_layer(how: str) -> None:
     """An ordinary layer with the dequantised weights has the same outputs and gradients."""
     torch.manual_seed(0)
-    layer = quantised.quantised_layer(nn.Linear(64, 48), how)
-    dense = quantised.plain_layer(layer, torch.float32)
+    layer = frozen.quantised_layer(nn.Linear(64, 48), how)
+    dense = frozen.plain_layer(layer, torch.float32)
     x = torch.randn(3, 5, 64)
     outer = torch.randn(3, 5, 48)
     found, expected = (x.clone().requires_grad_() for _ in range(2))
@@ -161,7 +160,7 @@ def test_gradients_are_those_of_the_dense_layer(how: str) -> None:
 def test_eight_bits_round_to_half_a_step() -> None:
     """A step is the row's largest magnitude over 127; fp16 comes in between."""
     weight = torch.randn(40, 64) * torch.logspace(-3, 0, 40)[:, None]
-    codes, scale = quantised.quantise(weight, "int8")
+    codes, scale = frozen.quantise(weight, "int8")
     assert codes.dtype is torch.int8
     error = (codes.float() * scale[:, None] - weight).abs()
     assert bool((error <= 0.5 * scale[:, None] + 1e-3 * weight.abs()).all())
@@ -171,8 +170,8 @@ def test_eight_bits_round_to_half_a_step() -> None:
 def test_four_bits_are_far_coarser() -> None:
     """Within a sixth of each block's largest magnitude (the widest gap of NF4, halved)."""
     weight = torch.randn(16, 64)
-    layer = quantised.quantised_layer(nn.Linear(64, 16, bias=False), "nf4")
-    codes, scale = quantised.quantise(weight, "nf4")
+    layer = frozen.quantised_layer(nn.Linear(64, 16, bias=False), "nf4")
+    codes, scale = frozen.quantise(weight, "nf4")
     layer.weight.data, layer.scale = codes, scale
     error = (layer.dense(torch.float32) - weight).abs().reshape(-1, 64)
     largest = weight.abs().reshape(-1, 64).amax(1, keepdim=True)
@@ -182,7 +181,7 @@ def test_four_bits_are_far_coarser() -> None:
 
 def test_arithmetic_follows_the_inputs() -> None:
     """In bf16, under autocast too; scales stay in fp32 whatever the model is turned into."""
-    layer = quantised.quantised_layer(nn.Linear(64, 48), "int8")
+    layer = frozen.quantised_layer(nn.Linear(64, 48), "int8")
     x = torch.randn(2, 64)
     assert layer(x.bfloat16()).dtype is torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):

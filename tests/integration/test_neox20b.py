@@ -1,0 +1,30 @@
+"""The benchmark of 20 billion parameters, on a shape that fits a test."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from benchmarks.gpu.neox20b import run, table
+from rich.console import Console
+
+from suasion.core.files import read_json_lines
+from suasion.models.quantised import quantised_layers
+
+
+def test_every_phase_runs_on_one_int8_base(tmp_path: Path) -> None:
+    """The three steps, by suasion's own stages, and a row for each."""
+    console = Console(file=io.StringIO())
+    base, phases, before = run("tiny", tmp_path, console=console)
+    assert [phase.name for phase in phases] == ["base made", "sft", "merge", "reward", "ppo"]
+    assert all(phase.peak > before > 0 for phase in phases)
+    assert len(quantised_layers(base)) == 8
+    learns = {phase.name: phase.learns for phase in phases}
+    # Policy and critic learn in the last phase, the reward model is the adapter that does not.
+    assert learns["ppo"] == 2 * learns["sft"]
+    assert 4 * phases[-1].adapters == learns["sft"]
+    (row,) = read_json_lines(tmp_path / "ppo" / "metrics.jsonl")
+    assert abs(row["objective/kl"]) < 0.05
+    shown, record = table(base, phases, before)
+    assert shown.row_count == 5
+    assert set(record["phases"]) == set(learns)
