@@ -88,7 +88,7 @@ def test_the_loss_falls(tmp_path: Path) -> None:
     assert outcome == {"steps": 12.0, "loss": mean, "arithmetic": "float32"}
 
 
-def test_the_loss_is_the_librarys(tmp_path: Path) -> None:
+def test_the_loss_is_the_librarys() -> None:
     """In chunks, without logits of all positions: the same number and the same gradients."""
     found = []
     for own in (True, False):

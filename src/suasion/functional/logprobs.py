@@ -169,7 +169,7 @@ class _LinearLogprobs(torch.autograd.Function):
         hidden, weight, bias, tokens, entropy, *kept = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         if grad_logprobs is None:
-            grad_logprobs = torch.zeros(len(tokens), dtype=_wide(hidden.dtype), device=hidden.device)
+            grad_logprobs = hidden.new_zeros(len(tokens), dtype=_wide(hidden.dtype))
         # Sums over many chunks lose too much in half precision.
         wide = _wide(weight.dtype)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None

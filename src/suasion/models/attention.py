@@ -159,7 +159,10 @@ def _same_alone(trunk: Any) -> bool:
     training = [module for module in trunk.modules() if module.training]
     trunk.eval()
     together = run_packed(trunk, ids, lengths)
-    alone = [trunk(input_ids=part[None], use_cache=False) for part in ids.split(lengths)]
+    alone = [
+        trunk(input_ids=part[None], attention_mask=torch.ones_like(part)[None], use_cache=False)
+        for part in ids.split(lengths)
+    ]
     for module in training:
         module.training = True
     expected = torch.cat([out.last_hidden_state[0] for out in alone])

@@ -26,7 +26,7 @@ from suasion.config.schema import LoraConfig
 from suasion.core.errors import ModelError
 from suasion.models.adapters import add_lora
 from suasion.models.frozen import NF4_BLOCK, FrozenLinear, WideHead, Workspace
-from suasion.models.load import score_head, with_fused_activations
+from suasion.models.load import score_head, switch_off_dropout, with_fused_activations
 from suasion.models.quantised import (
     is_quantised,
     plain_layers,
@@ -41,6 +41,7 @@ def hollow_model(
     rest: torch.dtype = torch.float32,
     lora: LoraConfig | None = None,
     dropout: bool = True,
+    own_dropout: bool = True,
     more: tuple[tuple[str, int], ...] = (),
 ) -> Any:
     """A model on the meta device, with the types, layers and adapters that training would give it.
@@ -51,7 +52,8 @@ def hollow_model(
         held: How the linear layers of a frozen base are held.
         rest: Type of what is not quantised, where some of it is.
         lora: Adapters, where the rank is above 0.
-        dropout: Leave the configured dropout on.
+        dropout: Leave the adapter's dropout on.
+        own_dropout: Leave the model's own dropout on.
         more: Names and ranks of further adapters on the same modules.
 
     Raises:
@@ -83,6 +85,8 @@ def hollow_model(
                 codes = _codes(layer, held)
                 codes.workspace = workspace
                 model.set_submodule(name, codes)
+        if not own_dropout:
+            switch_off_dropout(model)
         if lora is not None and lora.r:
             model = add_lora(model, lora, head=scores, dropout=dropout)
             for name, rank in more:

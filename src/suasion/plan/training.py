@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from suasion.config.schema import PretrainConfig, RewardConfig, SftConfig, TrainingConfig
 from suasion.core.records import token_batch
 from suasion.models.likelihood import perplexity
-from suasion.models.load import context_of, switch_off_dropout
+from suasion.models.load import context_of
 from suasion.models.roles import Policy
 from suasion.plan.cards import Card
 from suasion.plan.records import RolePlan, StagePlan, Work
@@ -115,11 +115,11 @@ class Pairs:
             "reward",
             model,
             scores=True,
+            own_dropout=False,
             held=config.lora.base,
             rest=card.rest_dtype(config.precision),
             lora=config.lora,
         )
-        switch_off_dropout(self.model)
         self.context = context_of(model)
         self.stage = Rehearsal(shop.world, model.vocab_size, card.process)
         self.stage.add("reward", self.model)

@@ -28,7 +28,7 @@ def head(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 100])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
 def test_chunks_equal_the_whole(chunk: int, temperature: float) -> None:
     """Values and gradients, with uneven chunks and a mixed upstream gradient."""
     hidden, weight, bias, tokens = head()
