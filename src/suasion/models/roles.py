@@ -7,7 +7,7 @@ into logits, so that only response positions ever reach the vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -99,16 +99,12 @@ class Policy(HiddenStates):
         super().__init__(model, model.get_output_embeddings())
         self.temperature = temperature
         self.scope = scope
-        self.decoding_head: Tensor | None = None
+        self.decoding_head: Callable[[Tensor], Tensor] | None = None
         self._prove_head()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits divided by the temperature, in float32, [..., V]."""
-        if self.decoding_head is None:
-            return self.head(hidden).float() / self.temperature
-        head, bias = self.decoding_head, getattr(self.head, "bias", None)
-        found = nn.functional.linear(hidden.to(head.dtype), head, bias)
-        return found.float() / self.temperature
+        return (self.decoding_head or self.head)(hidden).float() / self.temperature
 
     def logprobs(
         self, batch: TokenBatch, *, with_entropy: bool = False
