@@ -24,6 +24,7 @@ from suasion.cli.build_update import (
 from suasion.config.recipe import STAGES
 from suasion.config.schema import PpoConfig, Recipe
 from suasion.core.errors import ConfigError
+from suasion.core.manifest import ARITHMETIC
 from suasion.core.ranks import ALONE, Ranks
 from suasion.data.codec import Codec
 from suasion.data.sources import Source, fitting, spread
@@ -135,7 +136,7 @@ def ppo_parts(
             config.precision,
             width=hidden_size_of(policy),
             device=device,
-            keep=folder / "arithmetic.json" if folder else None,
+            keep=folder / ARITHMETIC if folder else None,
         )
     )
     optimizer = optimizer_of(

@@ -31,6 +31,8 @@ from suasion.core.files import (
 
 MANIFEST = "manifest.json"
 BEGUN = "begun.json"
+ARITHMETIC = "arithmetic.json"
+"""Where a stage that trains keeps the arithmetic it chose."""
 SCRATCH = ("checkpoints", "scratch", "tracking")
 """Folders of a stage that are not part of its result; the first two go when it is finished."""
 
@@ -126,7 +128,7 @@ def claim(folder: Path, manifest: Manifest) -> bool:
 
 def abandon(folder: Path) -> None:
     """Remove the folder of a stage that stopped before it wrote anything."""
-    if all(path.is_dir() or path.name == BEGUN for path in folder.rglob("*")):
+    if all(path.is_dir() or path.name in (BEGUN, ARITHMETIC) for path in folder.rglob("*")):
         shutil.rmtree(folder)
 
 

@@ -52,9 +52,9 @@ class Packed:
         device, given = query.device.type, value.dtype
         # The processor's backward kernel takes three times as long in bf16 as in float32. Nor do
         # queries and keys always come in the values' type: positions are rotated in float32.
-        wide = device == "cpu" and query.requires_grad and given is torch.bfloat16
-        kind = torch.float32 if wide else given
-        query, key, value = query.to(kind), key.to(kind), value.to(kind)
+        query, key = query.to(given), key.to(given)
+        if device == "cpu" and query.requires_grad and given is torch.bfloat16:
+            query, key, value = query.float(), key.float(), value.float()
         parts = zip(*(x.split(self.lengths, dim=2) for x in (query, key, value)), strict=True)
         with torch.autocast(device, enabled=False):
             done = [

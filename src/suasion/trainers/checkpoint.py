@@ -48,10 +48,11 @@ def save_checkpoint(
     }
     optimizer_state = optimizer.state_dict()
     plain: dict[str, dict[str, Any]] = {}
+    shared: set[int] = set()
     for index, entries in optimizer_state["state"].items():
         for key, value in _flat(entries):
             if isinstance(value, Tensor):
-                tensors[f"optimizer/{index}/{key}"] = value.detach().contiguous()
+                tensors[f"optimizer/{index}/{key}"] = _unshared(value, shared)
             else:
                 plain.setdefault(str(index), {})[key] = value
     target = folder / f"step-{step:08d}"
@@ -71,6 +72,15 @@ def save_checkpoint(
         if re.fullmatch(r"step-\d{8}", old.name):
             shutil.rmtree(old)
     return target
+
+
+def _unshared(tensor: Tensor, seen: set[int]) -> Tensor:
+    """A tensor to save; a copy where others have its memory too, as tables of 8-bit optimizers."""
+    at = tensor.untyped_storage().data_ptr()
+    if at in seen:
+        return tensor.detach().clone()
+    seen.add(at)
+    return tensor.detach().contiguous()
 
 
 def load_newest(

@@ -27,6 +27,7 @@ from suasion.core.files import (
     read_json_lines,
     write_json,
 )
+from suasion.core.manifest import ARITHMETIC
 from suasion.core.progress import Meter
 from suasion.core.ranks import ALONE, Ranks, checksum
 from suasion.core.seeding import seed_of
@@ -93,7 +94,7 @@ def fit(
             config.precision,
             width=model.get_input_embeddings().weight.shape[1],
             device=device_for_training(),
-            keep=folder / "arithmetic.json",
+            keep=folder / ARITHMETIC,
         )
     )
     if lengths is not None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 
+from suasion.core.errors import RewardError
 from suasion.watch.finding import Finding
 from suasion.watch.subject import EXACT, Gap, Subject
 
@@ -22,7 +25,8 @@ def roles(subject: Subject) -> Finding:
         if p.reference is not None:
             p.reference.logprobs(batch)
         p.critic.values(batch, p.policy.logprobs(batch)[2])
-    p.reward(subject.queries, subject.texts)
+    with suppress(RewardError):  # of which the check on the reward tells
+        p.reward(subject.queries, subject.texts)
     gap = Gap.between(before, subject.logprobs(batch))
     changed = sum(each.requires_grad != learnt for each, learnt in learns)
     problems = []
