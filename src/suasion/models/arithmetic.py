@@ -2,8 +2,8 @@
 
 Two things can be chosen. Matrix products may run in bf16 (under autocast: weights, gradients, sums
 and softmax stay float32). And float32 products may run on another back end, which torch selects by
-`set_float32_matmul_precision`: on some processors it computes the same digits at twice the speed
-(docs/benchmarks.md), on others it rounds to bf16, so its error is measured before it is used.
+`set_float32_matmul_precision`: on some processors (AMD Zen 5) it is as exact and twice as fast, on
+others (Intel with AMX) it rounds to bf16, so its error is measured before it is used.
 
 A choice that hangs on a clock is made once for each stage, written beside its results and read from
 there when the stage is resumed; models narrower than `NARROW` are not worth it and never depend on

@@ -119,7 +119,7 @@ def spare_tokens(count: int) -> int:
     """Tokens to add to a row of `count`, as a sequence of their own that nobody reads.
 
     The kernels that are not torch's default ones are built anew for every number of rows; rows in
-    steps of `STEP` meet the same ones again (docs/benchmarks.md).
+    steps of `STEP` meet the same ones again.
     """
     built = torch.is_autocast_enabled("cpu") or torch.get_float32_matmul_precision() != "highest"
     return -count % STEP if built and count > STEP else 0

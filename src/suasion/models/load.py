@@ -350,7 +350,8 @@ def _load(
 def with_fused_activations(model: Any) -> Any:
     """Replace the GELU that some families spell out in eight operations by torch's single one.
 
-    The same formula; the spelt-out one costs a third of a small model's step (docs/benchmarks.md).
+    The same formula in one pass over the largest activations of a layer, which keeps one of them
+    for the backward pass instead of several.
     """
     for module in list(model.modules()):
         for name, child in module.named_children():

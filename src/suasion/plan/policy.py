@@ -40,7 +40,7 @@ from suasion.plan.cards import Card
 from suasion.plan.hollow import furnish
 from suasion.plan.records import StagePlan, Work
 from suasion.plan.rehearse import Optimizer, Rehearsal, Workshop, merge_parts
-from suasion.plan.scoring import SCORED_TOKENS, SLOTS, Judge, answer_phases, folded, judge_of
+from suasion.plan.scoring import SCORED_TOKENS, Judge, answer_phases, folded, judge_of
 from suasion.plan.states import Stored, measured_states
 from suasion.rollout.experience import Experience, build_experience
 from suasion.rollout.rewards import load_function
@@ -207,7 +207,7 @@ class PolicyStage:
         self.stage.phase(
             "update", lambda: trainer.optimise(experience, torch.Generator().manual_seed(0)), here
         )
-        count = min(config.batch_size, SLOTS)
+        count = min(config.batch_size, config.response.at_once)
         answer_phases(
             self.stage,
             self.policy,
@@ -278,7 +278,7 @@ class PolicyStage:
         learns = policy.trainable + critic.trainable
         updates = config.epochs * (4.0 * (policy.parameters + critic.parameters) + 2.0 * learns)
         weights = sum(policy.weights.values()) + policy.adapters
-        rounds = -(-config.batch_size // SLOTS)
+        rounds = -(-config.batch_size // config.response.at_once)
         streamed = float(weights) * config.response.max_tokens * rounds
         return Work(tokens * (passes + updates), tokens, config.steps, streamed)
 

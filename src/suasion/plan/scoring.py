@@ -18,7 +18,7 @@ from suasion.plan.ledger import KV_CACHE
 from suasion.plan.rehearse import Rehearsal
 from suasion.rollout.decoders import Decoder, PaddedDecoder, SlotDecoder
 from suasion.rollout.rewards import RewardModel
-from suasion.rollout.sampler import Sampling, draw, sample
+from suasion.rollout.sampler import Sampling, draw
 
 
 def _default(function: Callable[..., Any], name: str) -> Any:
@@ -29,8 +29,6 @@ SCORED_TOKENS: int = _default(RewardModel, "batch_tokens")
 """Tokens of one forward pass of a reward model."""
 ROWS = 8
 """Rows that a rehearsal runs side by side."""
-SLOTS: int = _default(sample, "slots")
-"""Responses that are decoded at the same time."""
 
 
 def folded(states: HiddenStates, rows: int, *lengths: int) -> tuple[int, ...]:
@@ -96,14 +94,14 @@ def answer_phases(
         autocast: Context of each forward pass.
         roles: Whose weights are on the device.
     """
-    sampling = Sampling(top_k=response.top_k, top_p=response.top_p)
+    sampling = Sampling.of(response)
     policy.model.eval()
 
     def read(rows: int, length: int, left: int, *, alike: bool) -> tuple[Decoder, Tensor]:
         # Equal prompts are read once: right where only the cache they leave is of interest.
         queries = [[0 if alike else number, *[0] * (length - 1)] for number in range(rows)]
         decoder: Decoder = (
-            SlotDecoder(policy, queries, [left] * rows, SLOTS)
+            SlotDecoder(policy, queries, [left] * rows, response.at_once)
             if policy.packs
             else PaddedDecoder(policy, queries, 0)
         )
@@ -116,9 +114,9 @@ def answer_phases(
     def next_token(decoder: Decoder, hidden: Tensor) -> None:
         with autocast():
             whole = hidden.new_empty(count, hidden.shape[-1])  # `hidden` may be folded
-            logprobs = policy.logits(whole).log_softmax(-1)
-            draw(logprobs, torch.rand(count, dtype=torch.float64), sampling)
-            del logprobs
+            probs = policy.logits(whole).softmax(-1)
+            draw(probs, torch.rand(count, dtype=torch.float64), sampling)
+            del probs
             rows = len(hidden)
             decoder.advance(torch.zeros(rows, dtype=torch.long), torch.ones(rows) > 0)
 
