@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from benchmarks.evidence.stage import TEMPLATE, curve_of, stage_of, tiny_model, word_codec
+from benchmarks.evidence.stage import BARE, TEMPLATE, curve_of, stage_of, tiny_model, word_codec
 from suasion.config.schema import CriticConfig, KlConfig, PpoConfig, ResponseConfig
 
 HALF = 8
@@ -30,11 +30,7 @@ CONFIG = PpoConfig(
     kl=KlConfig(coef=0.1, target=2.0, horizon=400.0),
     response=ResponseConfig(max_tokens=PLACES),
     critic=CriticConfig(coef=1.0),
-    samples=0,
-    save_every=1000,
-    checks="off",
-    precision="fp32",
-    track=(),
+    **BARE,
 )
 
 

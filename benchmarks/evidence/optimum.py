@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.evidence.stage import TEMPLATE, curve_of, stage_of, tiny_model, word_codec
+from benchmarks.evidence.stage import BARE, TEMPLATE, curve_of, stage_of, tiny_model, word_codec
 from suasion.config.schema import CriticConfig, KlConfig, PpoConfig, ResponseConfig
 from suasion.core.records import token_batch
 from suasion.data.codec import Codec
@@ -47,11 +47,7 @@ CONFIG = PpoConfig(
     kl=KlConfig(coef=BETA, adaptive=False),
     response=ResponseConfig(max_tokens=2),
     critic=CriticConfig(coef=1.0, clip=None),
-    samples=0,
-    save_every=1000,
-    checks="off",
-    precision="fp32",
-    track=(),
+    **BARE,
 )
 
 

@@ -28,6 +28,14 @@ from suasion.models.load import fresh_causal_lm, save_model
 from suasion.trainers.ppo import PpoLoop
 
 TEMPLATE = "{query} {response}"
+BARE: dict[str, Any] = {
+    "samples": 0,
+    "save_every": 1000,
+    "checks": "off",
+    "precision": "fp32",
+    "track": (),
+}
+"""Switches of a policy stage that does nothing but learn."""
 EOS, PAD = "</s>", "<pad>"
 
 Measure = Callable[[PpoLoop], dict[str, float]]

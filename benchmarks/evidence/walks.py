@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.evidence.stage import TEMPLATE, curve_of, stage_of, tiny_model, word_codec
+from benchmarks.evidence.stage import BARE, TEMPLATE, curve_of, stage_of, tiny_model, word_codec
 from suasion.config.schema import CriticConfig, KlConfig, PpoConfig, ResponseConfig
 from suasion.core.records import token_batch
 from suasion.core.seeding import generator, seed_of
@@ -49,11 +49,7 @@ CONFIG = PpoConfig(
     # A token per node and one to end with.
     response=ResponseConfig(max_tokens=LONGEST),
     critic=CriticConfig(coef=1.0),
-    samples=0,
-    save_every=1000,
-    checks="off",
-    precision="fp32",
-    track=(),
+    **BARE,
 )
 
 

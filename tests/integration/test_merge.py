@@ -78,6 +78,21 @@ def with_adapter(base: Path, *, head: bool, held: str = "fp32") -> Any:
     return model
 
 
+def put_in_place_of(base: Path, *, hidden_size: int, seed: int) -> None:
+    """Save another model where a base was."""
+    codec = load_codec(str(base), QUESTION_ANSWER)
+    other = fresh_causal_lm(
+        family="llama",
+        tokenizer=codec.tokenizer,
+        context=64,
+        hidden_size=hidden_size,
+        layers=2,
+        heads=2,
+        seed=seed,
+    )
+    save_model(base, other, codec.tokenizer, QUESTION_ANSWER)
+
+
 def write_adapter(base: Path, *, head: bool, held: str = "fp32") -> Path:
     """Such an adapter in a folder of its own."""
     codec = load_codec(str(base), QUESTION_ANSWER)
@@ -280,34 +295,14 @@ class TestRefusals:
     def test_other_base(self, base: Path, table: Path) -> None:
         """The base has another shape."""
         adapter = write_adapter(base, head=False)
-        codec = load_codec(str(base), QUESTION_ANSWER)
-        wider = fresh_causal_lm(
-            family="llama",
-            tokenizer=codec.tokenizer,
-            context=64,
-            hidden_size=48,
-            layers=2,
-            heads=2,
-            seed=1,
-        )
-        save_model(base, wider, codec.tokenizer, QUESTION_ANSWER)
+        put_in_place_of(base, hidden_size=48, seed=1)
         with pytest.raises(ModelError, match="does not fit its base"):
             merge(configured(adapter, table), base.parent / "merged")
 
     def test_other_base_of_the_same_shape(self, base: Path, table: Path) -> None:
         """It would fit, and be another model."""
         adapter = write_adapter(base, head=False)
-        codec = load_codec(str(base), QUESTION_ANSWER)
-        other = fresh_causal_lm(
-            family="llama",
-            tokenizer=codec.tokenizer,
-            context=64,
-            hidden_size=32,
-            layers=2,
-            heads=2,
-            seed=8,
-        )
-        save_model(base, other, codec.tokenizer, QUESTION_ANSWER)
+        put_in_place_of(base, hidden_size=32, seed=8)
         with pytest.raises(ModelError, match="trained on other weights"):
             merge(configured(adapter, table), base.parent / "merged")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-from benchmarks.gpu.neox20b import run, table
+import torch
+from benchmarks.gpu.neox20b import Meter, run, table
 from rich.console import Console
 
 from suasion.core.files import read_json_lines
@@ -17,7 +18,9 @@ def test_every_phase_runs_on_one_int8_base(tmp_path: Path) -> None:
     console = Console(file=io.StringIO())
     base, phases, before = run("tiny", tmp_path, console=console)
     assert [phase.name for phase in phases] == ["base made", "sft", "merge", "reward", "ppo"]
-    assert all(phase.peak > before > 0 for phase in phases)
+    # What a process that ran other tests holds can shrink at any time, below what it held before.
+    assert before > 0
+    assert all(phase.peak > 0 for phase in phases)
     assert len(quantised_layers(base)) == 8
     learns = {phase.name: phase.learns for phase in phases}
     # Policy and critic learn in the last phase, the reward model is the adapter that does not.
@@ -28,3 +31,15 @@ def test_every_phase_runs_on_one_int8_base(tmp_path: Path) -> None:
     shown, record = table(base, phases, before)
     assert shown.row_count == 5
     assert set(record["phases"]) == set(learns)
+
+
+def test_a_phase_is_charged_with_what_it_held_for_a_moment() -> None:
+    """Freed at the end of its phase, and not in the peak of the next."""
+    size = 256 << 20
+    meter = Meter(torch.device("cpu"), torch.nn.Linear(1, 1))
+    with meter.phase("holds", learn=0, idle=0):
+        torch.ones(size // 4)
+    with meter.phase("does not", learn=0, idle=0):
+        pass
+    holds, rests = meter.phases
+    assert holds.peak - rests.peak > size / 2

@@ -24,7 +24,6 @@ from suasion.cli.build_update import (
 from suasion.config.recipe import STAGES
 from suasion.config.schema import PpoConfig, Recipe
 from suasion.core.errors import ConfigError
-from suasion.core.manifest import ARITHMETIC
 from suasion.core.ranks import ALONE, Ranks
 from suasion.data.codec import Codec
 from suasion.data.sources import Source, fitting, spread
@@ -130,14 +129,8 @@ def ppo_parts(
     codec = load_codec(config.model, config.template)
     roles = roles_of(config, codec, device, seed=seed)
     policy, critic = roles.policy, roles.critic
-    arithmetic = ranks.share(
-        partial(
-            arithmetic_for,
-            config.precision,
-            width=hidden_size_of(policy),
-            device=device,
-            keep=folder / ARITHMETIC if folder else None,
-        )
+    arithmetic = arithmetic_for(
+        config.precision, width=hidden_size_of(policy), device=device, folder=folder, ranks=ranks
     )
     optimizer = optimizer_of(
         config, [p for _, p in policy.trainable()], list(critic.module.parameters())

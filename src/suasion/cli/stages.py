@@ -91,20 +91,17 @@ def reward(
     """Preferences, then the model's card on held-out pairs."""
     from suasion.data.sources import Source
     from suasion.evaluate.reward_card import held_out_pairs, reward_card
-    from suasion.evaluate.run import load_config
-    from suasion.models.load import context_of
-    from suasion.rollout.rewards import load_reward
+    from suasion.rollout.rewards import RewardModel, load_reward
     from suasion.trainers.reward import reward as body
 
     result = body(config, folder, seed=seed, console=console, ranks=ranks)
     source = Source(Path(str(config.data)))
     if not source.prepared or not ranks.first:
         return result
-    model = str(folder / "model")
-    judge = load_reward(model, config.template)
+    judge = load_reward(str(folder / "model"), config.template)
+    assert isinstance(judge.reward, RewardModel)
     pairs = held_out_pairs(source, config.evaluation_pairs)
-    context = context_of(load_config(model))
-    limit = min(config.max_length or context, context)
+    limit = min(config.max_length or judge.reward.context, judge.reward.context)
     card = reward_card(judge, pairs, level=0.95, max_length=limit)
     return {**result, **card.as_dict()}
 

@@ -43,7 +43,7 @@ def evaluate(
     gold = load_reward(config.gold, config.template) if config.gold else None
     if source.prepared and reward is not None and isinstance(reward.reward, RewardModel):
         pairs = held_out_pairs(source, config.evaluation_pairs)
-        limit = context_of(load_config(str(config.reward)))
+        limit = reward.reward.context
         card = reward_card(reward, pairs, level=config.level, max_length=limit)
         result["reward"] = card.as_dict()
         if gold is not None:
@@ -54,13 +54,6 @@ def evaluate(
         keep_json_lines(folder / "comparisons.jsonl", rows)
         result["compare"] = compared
     return result
-
-
-def load_config(source: str) -> Any:
-    """The transformers configuration of a model folder or Hub name."""
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(source)
 
 
 def _perplexities(config: EvaluateConfig, source: Source) -> dict[str, float]:

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from suasion.core.files import read_json, write_json
+from suasion.core.manifest import ARITHMETIC
+from suasion.core.ranks import ALONE, Ranks
 from suasion.models.load import dtype_for
 
 NARROW = 256
@@ -76,16 +78,29 @@ def float32_products(kind: str) -> Iterator[None]:
 
 
 def arithmetic_for(
-    precision: str, *, width: int, device: torch.device, keep: Path | None = None
+    precision: str,
+    *,
+    width: int,
+    device: torch.device,
+    folder: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Arithmetic:
-    """Choose, or read what was chosen before.
+    """Choose, or read what was chosen before; the first process does, for all of them.
 
     Args:
         precision: "auto", "fp32" or "bf16".
         width: The model's hidden size.
         device: Where it runs.
-        keep: File that holds the choice from the first call on.
+        folder: Of the stage, which keeps the choice from the first call on.
+        ranks: The processes that run it together.
     """
+    keep = folder / ARITHMETIC if folder else None
+    return ranks.share(partial(_kept_or_chosen, precision, width, device, keep))
+
+
+def _kept_or_chosen(
+    precision: str, width: int, device: torch.device, keep: Path | None
+) -> Arithmetic:
     if keep is not None and keep.is_file():
         stored = Arithmetic(**read_json(keep))
         if stored.asked == precision:

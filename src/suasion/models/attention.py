@@ -9,6 +9,7 @@ behaves as before everywhere else (generation, padded batches, gradient checkpoi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from suasion.models.modes import modes_kept
 
 NAME = "suasion"
 """Of the attention implementation, as in `model.set_attn_implementation(NAME)`."""
@@ -129,26 +132,25 @@ def can_pack(model: Any, trunk: Any) -> bool:
     """Let `model` use the attention above, if it then computes the same on packed sequences.
 
     Decided by trying: three sequences together and alone. A model whose attention looks at part of
-    the past only (a sliding window), or that takes no such attention, keeps its own.
+    the past only (a sliding window), or that takes no such attention, keeps its own. One that has
+    ours was tried before.
     """
     config = trunk.config
+    before = config._attn_implementation  # noqa: SLF001
+    if before == NAME:
+        return True
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding" if window else "full_attention"]
-    if config._attn_implementation not in ("sdpa", NAME) or set(kinds) != {"full_attention"}:  # noqa: SLF001
+    if before != "sdpa" or set(kinds) != {"full_attention"}:
         return False
-    before = config._attn_implementation  # noqa: SLF001
-    try:
+    same = False
+    # What a signature or a shape that does not fit raises:
+    with suppress(TypeError, ValueError, RuntimeError):
         model.set_attn_implementation(NAME)
-        if _same_alone(trunk):
-            return True
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ):  # what a signature or a shape that does not fit raises
-        pass
-    model.set_attn_implementation(before)
-    return False
+        same = _same_alone(trunk)
+    if not same:
+        model.set_attn_implementation(before)
+    return same
 
 
 @torch.no_grad()
@@ -156,14 +158,12 @@ def _same_alone(trunk: Any) -> bool:
     lengths = (3, 5, 2)
     embedding = trunk.get_input_embeddings().weight
     ids = torch.arange(sum(lengths), device=embedding.device) % len(embedding)
-    training = [module for module in trunk.modules() if module.training]
-    trunk.eval()
-    together = run_packed(trunk, ids, lengths)
-    alone = [
-        trunk(input_ids=part[None], attention_mask=torch.ones_like(part)[None], use_cache=False)
-        for part in ids.split(lengths)
-    ]
-    for module in training:
-        module.training = True
+    with modes_kept(trunk):
+        trunk.eval()
+        together = run_packed(trunk, ids, lengths)
+        alone = [
+            trunk(input_ids=part[None], attention_mask=torch.ones_like(part)[None], use_cache=False)
+            for part in ids.split(lengths)
+        ]
     expected = torch.cat([out.last_hidden_state[0] for out in alone])
     return bool(torch.allclose(together, expected, atol=1e-4, rtol=1e-3))

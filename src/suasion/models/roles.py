@@ -19,6 +19,7 @@ from suasion.core.records import TokenBatch
 from suasion.functional.logprobs import linear_logprobs
 from suasion.models.attention import can_pack, run_packed, spare_tokens
 from suasion.models.load import score_head
+from suasion.models.modes import modes_kept
 from suasion.models.scope import AdapterScope
 
 KEPT_LOGITS = 1 << 26
@@ -146,13 +147,10 @@ class Policy(HiddenStates):
         """Refuse a family whose logits are not the head of the hidden states (soft-capping)."""
         ids = torch.tensor([[1, 2, 3]], device=self.device) % self.head.weight.shape[0]
         mask = torch.ones_like(ids, dtype=torch.bool)
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()  # dropout would make any two passes differ
-        with torch.no_grad():
+        with torch.no_grad(), modes_kept(self.model):
+            self.model.eval()  # dropout would make any two passes differ
             ours = self.head(self(ids, mask).last_hidden_state)
             theirs = self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
-        for module in training:
-            module.training = True
         if not torch.allclose(ours, theirs, atol=1e-3, rtol=1e-3):
             raise ModelError(
                 f"{type(self.model).__name__} changes its logits after the output head",

@@ -61,14 +61,14 @@ class RewardModel:
         self._states = states or HiddenStates(model, score_head(plain))
         self.codec = codec
         self._batch_tokens = batch_tokens
-        self._context = context_of(plain.config)
+        self.context = context_of(plain.config)
 
     def __call__(self, queries: Sequence[str], responses: Sequence[str]) -> list[float]:
         """Score texts; one that is over the context loses the beginning of its query."""
         rows = []
         for query, response in zip(queries, responses, strict=True):
-            answer = self.codec.judged_ids(response)[: self._context - 1]
-            prompt = self.codec.prompt_ids(query)[-(self._context - len(answer)) :]
+            answer = self.codec.judged_ids(response)[: self.context - 1]
+            prompt = self.codec.prompt_ids(query)[-(self.context - len(answer)) :]
             rows.append((prompt, answer))
         return self.score_tokens(rows)
 

@@ -27,7 +27,6 @@ from suasion.core.files import (
     read_json_lines,
     write_json,
 )
-from suasion.core.manifest import ARITHMETIC
 from suasion.core.progress import Meter
 from suasion.core.ranks import ALONE, Ranks, checksum
 from suasion.core.seeding import seed_of
@@ -88,14 +87,12 @@ def fit(
         step = int(newest.name.rpartition("-")[2]) if newest else 0
         keep_json_lines(metrics, [row for row in read_json_lines(metrics) if row["step"] <= step])
     _quiet()
-    arithmetic = ranks.share(
-        partial(
-            arithmetic_for,
-            config.precision,
-            width=model.get_input_embeddings().weight.shape[1],
-            device=device_for_training(),
-            keep=folder / ARITHMETIC,
-        )
+    arithmetic = arithmetic_for(
+        config.precision,
+        width=model.get_input_embeddings().weight.shape[1],
+        device=device_for_training(),
+        folder=folder,
+        ranks=ranks,
     )
     if lengths is not None:
         together = config.batch_size * ranks.world

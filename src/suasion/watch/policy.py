@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from suasion.core.records import TokenBatch, token_batch
+from suasion.models.modes import modes_kept
 from suasion.watch.finding import Finding, does_not_apply
-from suasion.watch.subject import EXACT, Gap, Subject, modes_kept
+from suasion.watch.subject import EXACT, Gap, Subject
 
 SURPRISE = 5.0
 """Standard errors by which the mean log-probability of sampled tokens may miss minus the entropy;

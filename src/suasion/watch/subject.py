@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -198,14 +197,3 @@ def stored_template(source: str) -> str | None:
     """The template a model folder was trained with; None where it does not say."""
     path = Path(source) / SIDECAR
     return read_json(path).get("template") if path.is_file() else None
-
-
-@contextmanager
-def modes_kept(*modules: nn.Module) -> Iterator[None]:
-    """Give every submodule its training or evaluation mode back at the end."""
-    before: list[tuple[Any, bool]] = [(m, m.training) for each in modules for m in each.modules()]
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training

@@ -58,13 +58,12 @@ def test_choices(
 
 def test_the_choice_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A resumed stage goes on in the arithmetic it began with; another precision chooses anew."""
-    keep = tmp_path / "arithmetic.json"
     monkeypatch.setattr(arithmetic, "measure", lambda _: readings())
-    first = arithmetic_for("auto", width=768, device=CPU, keep=keep)
-    assert read_json(keep)["measured"]["training/medium"] == 450.0
+    first = arithmetic_for("auto", width=768, device=CPU, folder=tmp_path)
+    assert read_json(tmp_path / "arithmetic.json")["measured"]["training/medium"] == 450.0
     monkeypatch.setattr(arithmetic, "measure", lambda _: readings(**{"training/bfloat16": 1.0}))
-    assert arithmetic_for("auto", width=768, device=CPU, keep=keep) == first
-    assert arithmetic_for("fp32", width=768, device=CPU, keep=keep).dtype == "float32"
+    assert arithmetic_for("auto", width=768, device=CPU, folder=tmp_path) == first
+    assert arithmetic_for("fp32", width=768, device=CPU, folder=tmp_path).dtype == "float32"
 
 
 def test_it_really_measures(monkeypatch: pytest.MonkeyPatch) -> None:
