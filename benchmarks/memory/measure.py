@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from suasion.cli.commands import KINDS, quiet_libraries
-from suasion.cli.run import set_threads
+from suasion.cli.run import set_up_processor
 from suasion.cli.stages import run_stage
 from suasion.config.load import validate
 
@@ -21,7 +21,7 @@ from suasion.config.load import validate
 def measure(stage: str, values: dict[str, Any], folder: str) -> int:
     """Run a stage as the command line would; the peak of the process in bytes."""
     quiet_libraries()
-    set_threads(1)
+    set_up_processor(1)
     config = validate(KINDS[stage], values, "the setting")
     run_stage(stage, config, Path(folder), seed=1, console=Console(file=sys.stderr))
     return high_water()

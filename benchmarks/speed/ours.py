@@ -16,7 +16,7 @@ from rich.console import Console
 from benchmarks.speed.probe import Probe
 from benchmarks.speed.steps import mean_texts, timed_steps
 from benchmarks.speed.task import BLOCK, LORA_ALPHA, LORA_RANK, TEMPLATE, Task
-from suasion.cli.build import ppo_parts
+from suasion.cli.build import hold_as_computed, ppo_parts
 from suasion.config.schema import (
     CriticConfig,
     LoraConfig,
@@ -25,6 +25,7 @@ from suasion.config.schema import (
     RewardConfig,
     SftConfig,
 )
+from suasion.core.memory import reuse_memory
 from suasion.trainers import reward, sft
 from suasion.trainers.ppo import PpoLoop, PpoParts, roll_out
 
@@ -65,7 +66,9 @@ def policy_parts(task: Task, folder: Path) -> tuple[PpoParts, PpoConfig]:
         **(LEAN if task.lean else {}),
         **asked(task),
     )
-    return ppo_parts(config, seed=SEED), config
+    parts = ppo_parts(config, seed=SEED)
+    hold_as_computed(parts)
+    return parts, config
 
 
 def ppo(task: Task, folder: Path, probe: Probe) -> None:
@@ -175,6 +178,7 @@ WORK = {"ppo": ppo, "rollout": rollout, "sft": supervised, "reward": judge}
 def main(text: str, root: str) -> None:
     """Do one task."""
     task = Task.parse(text)
+    reuse_memory()  # as the command does
     WORK[task.work](task, task.folder(Path(root)), Probe())
 
 

@@ -5,13 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 
-from benchmarks.speed.rows import CLASSIC, OURS, Row, core, growth, rows, same_arithmetic
+from benchmarks.speed.rows import (
+    CLASSIC,
+    OURS,
+    Row,
+    core,
+    growth,
+    rows,
+    same_allocator,
+    same_arithmetic,
+)
 from benchmarks.speed.task import Task
 
 EXACT = 1e-5
 """Relative error up to which a product of fp32 matrices counts as fp32."""
-ITERATIONS = {"S": 5, "M": 3, "tiny": 2}
+ITERATIONS = {"S": 6, "M": 4, "tiny": 2}
 """Of each process, the first one included."""
+STEPS = {"S": 8, "M": 5, "tiny": 2}
+"""The same of the stages whose iterations are optimizer steps."""
 NO_PEER = ("ours", "generate")
 
 
@@ -27,7 +38,8 @@ def settled(task: Task, rates: Mapping[str, float]) -> Task:
     if task.system in {"trl_classic", "trl_last"} and task.precision == "fp32":
         changes["precision"] = "default"
     if task.ending:
-        changes["iterations"] = ITERATIONS[task.shape]
+        stage = task.work in {"sft", "reward"}
+        changes["iterations"] = (STEPS if stage else ITERATIONS)[task.shape]
     return task.on(**changes)
 
 
@@ -43,6 +55,8 @@ def full() -> list[tuple[int, Task]]:
     first = chain(
         pairs(core("S", "gpt2"), turned=False),
         pairs(core("M", "gpt2"), turned=False),
+        pairs(same_allocator("S", "gpt2"), turned=False),
+        pairs(same_allocator("M", "gpt2"), turned=False),
         pairs(same_arithmetic("M", "gpt2"), turned=False),
         pairs(core("S", "llama"), turned=False),
         pairs(main, turned=False),

@@ -139,6 +139,12 @@ def same_arithmetic(shape: str, family: str) -> Iterator[Row]:
     yield from (row for row in rows(shape, family) if row.what in told)
 
 
+def same_allocator(shape: str, family: str) -> Iterator[Row]:
+    """What is left where the peer keeps freed memory too."""
+    told = {what for what, *_ in PAGES}
+    yield from (row for row in rows(shape, family) if row.what in told)
+
+
 AXES = {
     "batch": (8, 16, 32, 64),
     "response": (32, 64, 128, 256),

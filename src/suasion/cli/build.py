@@ -33,7 +33,10 @@ from suasion.models.load import (
     device_for_training,
     load_codec,
 )
+from suasion.models.quantised import hold_rounded
+from suasion.models.references import FrozenReference
 from suasion.models.roles import Policy, hidden_size_of
+from suasion.rollout.rewards import RewardModel
 from suasion.trainers.policy import PolicyTrainer, one_rank
 from suasion.trainers.ppo import PpoLoop, PpoParts
 from suasion.watch.finding import Finding
@@ -53,6 +56,7 @@ def ppo(
     parts = ppo_parts(config, seed=seed, ranks=ranks, folder=folder)
     if config.checks != "off":
         ranks.share(partial(_check_quickly, parts, config, seed, console))
+    hold_as_computed(parts)
     for note in parts.notes:
         console.print(f"  {note}", style="yellow", markup=False, highlight=False)
     names = config.track if ranks.first else ()
@@ -80,6 +84,19 @@ def ppo(
     roles = Roles(parts.policy, parts.reference, parts.critic, parts.reward)
     save_roles(folder, roles, parts.codec, config)
     return kept
+
+
+def hold_as_computed(parts: PpoParts) -> None:
+    """Round the frozen models' linear layers once, where the loop would in every pass."""
+    dtype = getattr(torch, parts.arithmetic.dtype)
+    if dtype is torch.float32:
+        return
+    of_policy = {id(parameter) for parameter in parts.policy.model.parameters()}
+    judge = parts.reward.reward
+    if isinstance(judge, RewardModel):
+        hold_rounded(judge.model, dtype, besides=of_policy)
+    if isinstance(parts.reference, FrozenReference):
+        hold_rounded(parts.reference.model, dtype, besides=of_policy)
 
 
 def _check_quickly(parts: PpoParts, config: PpoConfig, seed: int, console: Console) -> None:

@@ -76,11 +76,11 @@ def prepare(arguments: Sequence[str], ranks: Ranks) -> int:
 
 
 def _run_one(name: str, call: Any, ranks: Ranks) -> None:
-    from suasion.cli.run import set_threads
+    from suasion.cli.run import set_up_processor
     from suasion.cli.stages import run_stage
 
     quiet_libraries()
-    set_threads(call.threads)
+    set_up_processor(call.threads)
     run_stage(
         name, call.config, Path(call.out), seed=call.seed, console=console_of(ranks), ranks=ranks
     )
@@ -127,11 +127,11 @@ def check(arguments: Sequence[str]) -> int:
     recipe = load_recipe(Path(path), _without(rest, "--only"))
     quiet_libraries()
     from suasion.cli.build import check as body
-    from suasion.cli.run import set_threads
+    from suasion.cli.run import set_up_processor
     from suasion.watch.suite import CHECKS, chosen
 
     names = chosen(only.split(",")) if isinstance(only, str) else tuple(CHECKS)
-    set_threads(recipe.threads)
+    set_up_processor(recipe.threads)
     body(recipe, names, Console())
     return 0
 

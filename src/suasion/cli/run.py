@@ -12,6 +12,7 @@ from rich.console import Console
 from suasion.config.recipe import STAGES
 from suasion.config.schema import Recipe
 from suasion.core.files import write_text
+from suasion.core.memory import reuse_memory
 from suasion.core.ranks import ALONE, Ranks
 from suasion.core.summary import Summary, summary_table
 
@@ -28,7 +29,7 @@ def run_recipe(recipe: Recipe, console: Console, ranks: Ranks = ALONE) -> Summar
     """
     from suasion.cli.stages import run_stage
 
-    set_threads(recipe.threads)
+    set_up_processor(recipe.threads)
     out = Path(recipe.out)
     stored: dict[str, dict[str, Any]] = {}
     if ranks.first:
@@ -79,8 +80,9 @@ def summarise(stored: dict[str, dict[str, Any]]) -> Summary:
     )
 
 
-def set_threads(threads: int | None) -> None:
-    """Use `threads` processor threads, and say nothing of it."""
+def set_up_processor(threads: int | None) -> None:
+    """Use `threads` processor threads, and memory again that was used before; say nothing of it."""
+    reuse_memory()
     if threads is not None:
         import torch
 

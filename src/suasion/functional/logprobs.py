@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _HALF = (torch.bfloat16, torch.float16)
+ADDED = 1 << 20
+"""Numbers that are added to a sum at a time."""
 
 
 def token_logprobs(
@@ -145,16 +147,16 @@ class _LinearLogprobs(torch.autograd.Function):
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         n = hidden.shape[0]
-        out_dtype = _wide(hidden.dtype)
-        logprobs = torch.empty(n, dtype=out_dtype, device=hidden.device)
+        room = _Room(min(chunk, n), weight)
+        logprobs = torch.empty(n, dtype=room.wide, device=hidden.device)
         entropy = torch.empty_like(logprobs) if with_entropy else None
         kept = []
         for start in range(0, n, chunk):
             part = slice(start, start + chunk)
-            logp = _tempered_logits(hidden[part], weight, bias, temperature).log_softmax(1)
+            logp = room.logp(hidden[part], weight, bias, temperature, keep=keep)
             logprobs[part] = logp.gather(1, tokens[part, None]).squeeze(1)
             if entropy is not None:
-                entropy[part] = -logp.exp().mul_(logp).sum(1)
+                entropy[part] = -torch.exp(logp, out=room.scratch(len(logp))).mul_(logp).sum(1)
             if keep:
                 kept.append(logp)
         ctx.save_for_backward(hidden, weight, bias, tokens, entropy, *kept)
@@ -170,19 +172,16 @@ class _LinearLogprobs(torch.autograd.Function):
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         if grad_logprobs is None:
             grad_logprobs = hidden.new_zeros(len(tokens), dtype=_wide(hidden.dtype))
+        room = _Room(min(ctx.chunk, len(hidden)), weight)
         # Sums over many chunks lose too much in half precision.
-        wide = _wide(weight.dtype)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=wide) if needs_bias else None
+        grad_weight = torch.zeros_like(weight, dtype=room.wide) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=room.wide) if needs_bias else None
+        product = torch.empty_like(weight) if needs_weight else None
         for index, start in enumerate(range(0, hidden.shape[0], ctx.chunk)):
             part = slice(start, start + ctx.chunk)
-            if kept:
-                logp = kept[index]
-            else:
-                z = _tempered_logits(hidden[part], weight, bias, ctx.temperature)
-                logp = z.log_softmax(1)
-            grad_z = logp.exp()
+            logp = kept[index] if kept else room.logp(hidden[part], weight, bias, ctx.temperature)
+            grad_z = torch.exp(logp, out=room.scratch(len(logp)))
             if grad_entropy is None:
                 grad_z.mul_(-grad_logprobs[part, None])
             else:
@@ -192,21 +191,73 @@ class _LinearLogprobs(torch.autograd.Function):
             _temper(grad_z, ctx.temperature)
             if grad_bias is not None:
                 grad_bias += grad_z.sum(0)
-            grad_logits = grad_z.to(hidden.dtype)
+            grad_logits = room.narrow(grad_z)
             if grad_hidden is not None:
-                grad_hidden[part] = grad_logits @ weight
+                torch.mm(grad_logits, weight, out=grad_hidden[part])
             if grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden[part]
+                _add_rows(grad_weight, torch.mm(grad_logits.T, hidden[part], out=product))
         # The engine casts the wide sums to the dtype of what they are the gradients of.
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
 
 
-def _tempered_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float
-) -> Tensor:
-    """Logits of one chunk in float32 or wider, as a tensor that may be overwritten."""
-    logits = torch.nn.functional.linear(hidden, weight, bias)
-    return _temper(logits.to(_wide(logits.dtype)), temperature)
+class _Room:
+    """Memory for the logits of one chunk after the other; fresh memory costs more than the sums.
+
+    Args:
+        rows: Positions of a chunk.
+        weight: The output head's weight.
+    """
+
+    def __init__(self, rows: int, weight: Tensor) -> None:
+        self._shape = (rows, weight.shape[0])
+        self._device = weight.device
+        self._narrow = weight.dtype
+        self.wide = _wide(weight.dtype)
+        self._held: dict[str, Tensor] = {}
+
+    def scratch(self, rows: int) -> Tensor:
+        """As large as the logits, in float32 or wider; the next `logp` overwrites it."""
+        return self._get("scratch", self.wide)[:rows]
+
+    def logp(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        temperature: float,
+        *,
+        keep: bool = False,
+    ) -> Tensor:
+        """Log-probabilities over the vocabulary; without `keep` they last until the next ones."""
+        rows = len(hidden)
+        wide = self.scratch(rows)
+        logits = wide if self._narrow == self.wide else self._get("logits", self._narrow)[:rows]
+        if bias is None:
+            torch.mm(hidden, weight.T, out=logits)
+        else:
+            torch.addmm(bias, hidden, weight.T, out=logits)
+        if logits is not wide:
+            wide.copy_(logits)
+        out = torch.empty_like(wide) if keep else self._get("logp", self.wide)[:rows]
+        return torch.log_softmax(_temper(wide, temperature), 1, out=out)
+
+    def narrow(self, chunk: Tensor) -> Tensor:
+        """The same numbers in the type of the weight."""
+        if self._narrow == self.wide:
+            return chunk
+        return self._get("logits", self._narrow)[: len(chunk)].copy_(chunk)
+
+    def _get(self, name: str, dtype: torch.dtype) -> Tensor:
+        if name not in self._held:
+            self._held[name] = torch.empty(self._shape, dtype=dtype, device=self._device)
+        return self._held[name]
+
+
+def _add_rows(total: Tensor, more: Tensor) -> None:
+    """Add to a sum in a wider type, by some rows at a time: torch makes a wide copy of these."""
+    step = max(1, ADDED // more.shape[1])
+    for into, part in zip(total.split(step), more.split(step), strict=True):
+        into += part
 
 
 def _temper(chunk: Tensor, temperature: float) -> Tensor:

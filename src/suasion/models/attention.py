@@ -118,14 +118,23 @@ def run_packed(trunk: Any, ids: Tensor, lengths: Sequence[int], cache: Any | Non
     return out.last_hidden_state[0]
 
 
-def spare_tokens(count: int) -> int:
-    """Tokens to add to a row of `count`, as a sequence of their own that nobody reads.
+def builds_kernels() -> bool:
+    """Whether matrix products run in kernels that are not torch's default ones.
 
-    The kernels that are not torch's default ones are built anew for every number of rows; rows in
-    steps of `STEP` meet the same ones again.
+    These are built anew for every number of rows; rows in steps meet the same ones again.
     """
-    built = torch.is_autocast_enabled("cpu") or torch.get_float32_matmul_precision() != "highest"
-    return -count % STEP if built and count > STEP else 0
+    return torch.is_autocast_enabled("cpu") or torch.get_float32_matmul_precision() != "highest"
+
+
+def spare_tokens(count: int) -> list[int]:
+    """Lengths of sequences to add to a row of `count` tokens, which nobody reads.
+
+    Longer rows come in longer steps, of a thirty-second to a sixteenth of their length.
+    """
+    if not builds_kernels() or count <= STEP:
+        return []
+    spare = -count % max(STEP, 1 << (count // 16).bit_length() - 1)
+    return [STEP] * (spare // STEP) + [spare % STEP] * (spare % STEP > 0)
 
 
 def can_pack(model: Any, trunk: Any) -> bool:

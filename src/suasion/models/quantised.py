@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
@@ -131,6 +131,23 @@ def hold(model: Any, held: str) -> Any:
     for _, quantised in found:
         quantised.workspace = workspace
     return model
+
+
+@torch.no_grad()
+def hold_rounded(model: Any, dtype: torch.dtype, *, besides: Container[int] = ()) -> None:
+    """Hold the linear layers of a model that never trains as autocast would round them each time.
+
+    It computes the same under autocast, bit for bit, in half the memory.
+
+    Args:
+        model: A causal LM or a classifier.
+        dtype: Autocast's.
+        besides: Ids of parameters that stay, since other models have them too.
+    """
+    for _, layer in plain_layers(model):
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            if parameter.dtype is torch.float32 and id(parameter) not in besides:
+                setattr(layer, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
 
 
 def plain_layers(model: Any) -> list[tuple[str, nn.Module]]:

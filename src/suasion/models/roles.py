@@ -81,10 +81,8 @@ class HiddenStates:
         lengths = batch.mask.sum(-1).tolist()
         ids, wanted = batch.ids[batch.mask], where[batch.mask]
         spare = spare_tokens(len(ids))
-        if spare:
-            lengths.append(spare)
-            ids = torch.cat([ids, ids.new_zeros(spare)])
-        return run_packed(self.trunk, ids, lengths)[: len(wanted)][wanted]
+        ids = torch.cat([ids, ids.new_zeros(sum(spare))])
+        return run_packed(self.trunk, ids, lengths + spare)[: len(wanted)][wanted]
 
 
 class Policy(HiddenStates):

@@ -11,10 +11,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import DynamicCache
 
-from suasion.models.attention import run_packed
+from suasion.models.attention import builds_kernels, run_packed, spare_tokens
 from suasion.models.roles import Policy
+
+ROWS = 4
+"""Rows come in multiples of this, where that saves building kernels."""
 
 
 class Decoder(Protocol):
@@ -93,9 +97,13 @@ class SlotDecoder:
         self._slots = min(slots, len(queries))
         self._waiting = sorted(range(len(queries)), key=lambda i: len(queries[i]))
         room = max(len(query) + limit for query, limit in zip(queries, limits, strict=True))
-        self._cache = SlotCache(self._slots, room)
+        self._built = builds_kernels()
+        self._cache = SlotCache(self._slots + -self._slots % ROWS, room)
         self._rows = torch.empty(0, dtype=torch.long, device=policy.device)
         self._filled = self._rows.clone()  # tokens in each slot
+        kind = policy.device.type
+        half = torch.is_autocast_enabled(kind)
+        self._dtype = torch.get_autocast_dtype(kind) if half else policy.trunk.dtype
 
     def start(self) -> tuple[Tensor, Tensor]:
         """As many prompts as there are slots."""
@@ -121,10 +129,12 @@ class SlotDecoder:
         distinct: dict[tuple[int, ...], list[int]] = {}
         for slot, query in enumerate(new, start=used):
             distinct.setdefault(tuple(self._queries[query]), []).append(slot)
-        lengths = [len(prompt) for prompt in distinct]
+        tokens = [token for prompt in distinct for token in prompt]
+        spare = spare_tokens(len(tokens))
+        lengths = [len(prompt) for prompt in distinct] + spare
         device = self._policy.device
-        self._cache.expect_prompts(lengths, list(distinct.values()))
-        ids = torch.tensor([token for prompt in distinct for token in prompt], device=device)
+        self._cache.expect_prompts(lengths, [*distinct.values(), *([] for _ in spare)])
+        ids = torch.tensor(tokens + [0] * sum(spare), device=device)
         hidden = run_packed(self._policy.trunk, ids, lengths, self._cache)
         last = hidden[torch.tensor(lengths, device=device).cumsum(0) - 1]
         order = [0] * count
@@ -137,19 +147,24 @@ class SlotDecoder:
         return last[torch.tensor(order, device=device)]
 
     def _decode(self, token: Tensor) -> Tensor:
-        at = self._filled
-        longest = int(at.max()) + 1
+        count, longest = len(token), int(self._filled.max()) + 1
+        # Rows that nobody reads, in free slots: kernels are built for every number of rows.
+        spare = -count % ROWS if self._built else 0
+        at, token = (functional.pad(row, (0, spare)) for row in (self._filled, token))
         self._cache.expect_tokens(at, longest)
-        seen = torch.arange(longest, device=at.device) <= at[:, None]
+        unseen = torch.arange(longest, device=at.device) > at[:, None]
+        # Added to the scores; of a mask of bools, each layer would make this again.
+        mask = torch.zeros(unseen.shape, dtype=self._dtype, device=at.device)
+        mask.masked_fill_(unseen, -torch.inf)
         out = self._policy.trunk(
             input_ids=token[:, None],
             position_ids=at[:, None],
-            attention_mask=seen[:, None, None],
+            attention_mask=mask[:, None, None],
             past_key_values=self._cache,
             use_cache=True,
         )
-        self._filled = at + 1
-        return out.last_hidden_state[:, -1]
+        self._filled = self._filled + 1
+        return out.last_hidden_state[:count, -1]
 
     def _close_gaps(self, token: Tensor, live: Tensor) -> Tensor:
         """Move the last live slots into those that ended, so that live ones come first."""

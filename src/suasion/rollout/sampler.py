@@ -12,12 +12,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from suasion.config.schema import ResponseConfig
 from suasion.core.records import Rollout
 from suasion.models.roles import Policy
 from suasion.rollout.decoders import Decoder, PaddedDecoder, SlotDecoder
 from suasion.rollout.weights import decoding_weights
+
+BLOCK = 128
+"""Tokens of the vocabulary that are looked at together before one of them is drawn."""
 
 
 @dataclass(frozen=True)
@@ -202,16 +206,37 @@ def _extend(row: Tensor, length: int) -> Tensor:
 def draw(probs: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     """Tokens by inverting the cumulative distribution, [n, V] and [n] -> [n].
 
-    In float64: over a large vocabulary a float32 sum is off by more than rare tokens weigh. The
-    threshold stays below the total, so that the sum passes it, and at a token of some weight.
+    First a block of tokens, then one of the block, so that only `BLOCK` numbers of each row are
+    added up one by one. These sums are float64: over many tokens a float32 sum is off by more than
+    rare ones weigh. A token's probability is as exact as the float32 sum of its block's.
     """
     if sampling.greedy:
         return probs.argmax(-1)
-    cumulative = _filtered(probs, sampling).cumsum(-1, dtype=torch.float64)
+    weights = _filtered(probs, sampling)
+    blocks = functional.pad(weights, (0, -weights.shape[1] % BLOCK)).view(len(probs), -1, BLOCK)
+    masses = blocks.sum(-1)
+    block, rest = _invert(masses, uniform)
+    chosen = blocks[torch.arange(len(probs), device=probs.device), block]
+    return block * BLOCK + _invert(chosen, rest)[0]
+
+
+def _invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Where in rows of weights uniform numbers fall, and how far into that weight, in [0, 1).
+
+    The threshold stays below the total, so that the sum passes it, and at a place of some weight.
+    """
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1]
-    below = torch.nextafter(total, torch.zeros_like(total))
-    threshold = torch.minimum(uniform * total, below)
-    return torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(-1)
+    threshold = torch.minimum(uniform * total, _below(total))[:, None]
+    place = torch.searchsorted(cumulative, threshold, right=True)
+    weight = weights.gather(-1, place).double()
+    rest = (threshold - cumulative.gather(-1, place) + weight) / weight
+    return place[:, 0], rest[:, 0].clamp(min=0.0)
+
+
+def _below(number: Tensor) -> Tensor:
+    """The next smaller float."""
+    return torch.nextafter(number, torch.zeros_like(number))
 
 
 def _filtered(probs: Tensor, sampling: Sampling) -> Tensor:

@@ -13,13 +13,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from suasion.models.frozen import Workspace
 from suasion.models.roles import Policy
 
 ROWS = 16
 """Rows that the order of a weight is chosen for; any number may come."""
+
+Product = Callable[[Tensor], Tensor]
+"""What stands for a layer's `forward`: inputs [..., in] -> outputs [..., out]."""
 
 
 @contextmanager
@@ -33,16 +38,19 @@ def decoding_weights(policy: Policy) -> Iterator[None]:
     if not torch.is_autocast_enabled(device):
         yield
         return
-    dtype = torch.get_autocast_dtype(device)
+    convert = _Converter(torch.get_autocast_dtype(device))
     changed: list[Any] = []
+    covered: set[nn.Module] = set()
     try:
         for module in policy.trunk.modules():
-            plain = type(module) in (nn.Linear, Conv1D) and "forward" not in vars(module)
-            if plain and module.weight.dtype is torch.float32:
-                module.forward = _converted(module, dtype)
+            if module in covered:
+                continue
+            product = convert.layer(module) or convert.adapted(module)
+            if product is not None:
+                module.forward = product
                 changed.append(module)
-        if type(policy.head) is nn.Linear and policy.head.weight.dtype is torch.float32:
-            policy.decoding_head = _converted(policy.head, dtype)
+                covered.update(module.modules())
+        policy.decoding_head = convert.layer(policy.head)
         yield
     finally:
         policy.decoding_head = None
@@ -50,23 +58,74 @@ def decoding_weights(policy: Policy) -> Iterator[None]:
             del module.forward
 
 
-def _converted(layer: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """What `layer` computes under autocast, with its weight converted beforehand."""
-    data = layer.weight.data.t() if isinstance(layer, Conv1D) else layer.weight.data
-    weight = data.to(dtype).contiguous()
-    bias = None if layer.bias is None else layer.bias.data.to(dtype)
-    if not _can_order(weight):
-        return lambda x: nn.functional.linear(x.to(dtype), weight, bias)
-    ordered = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)  # noqa: SLF001
-    product = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001
-    return lambda x: product(x.to(dtype), ordered, bias, "none", [], "")
+class _Converter:
+    """Makes products of layers.
+
+    Args:
+        dtype: Of weights, inputs and outputs.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._rounded, self._turned = Workspace(), Workspace()
+
+    def layer(self, layer: Any) -> Product | None:
+        """What a linear layer computes under autocast, with its weight converted beforehand."""
+        plain = type(layer) in (nn.Linear, Conv1D) and "forward" not in vars(layer)
+        if not plain or layer.weight.dtype is not torch.float32:
+            return None
+        dtype, data = self._dtype, layer.weight.data
+        bias = None if layer.bias is None else layer.bias.data.to(dtype)
+        if not _can_order(data, dtype):
+            weight = (data.t() if isinstance(layer, Conv1D) else data).to(dtype).contiguous()
+            return lambda x: nn.functional.linear(x.to(dtype), weight, bias)
+        weight = self._rounded.unpacked(data, dtype)
+        if isinstance(layer, Conv1D):
+            weight = self._turned.unpacked(weight.t(), dtype)
+        ordered = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)  # noqa: SLF001
+        product = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001
+        return lambda x: product(x.to(dtype), ordered, bias, "none", [], "")
+
+    def adapted(self, layer: Any) -> Product | None:
+        """The same of a layer with one adapter, whose two products are added to its own."""
+        if not isinstance(layer, LoraLayer) or not _is_plain(layer):
+            return None
+        base = self.layer(layer.get_base_layer())
+        if base is None:
+            return None
+        (name,) = layer.active_adapters
+        lora: Any = layer
+        first = lora.lora_A[name].weight.data.to(self._dtype)
+        second = (lora.lora_B[name].weight.data * lora.scaling[name]).to(self._dtype).t()
+
+        def product(x: Tensor) -> Tensor:
+            x = x.to(self._dtype)
+            own = base(x)
+            low = nn.functional.linear(x, first).flatten(0, -2)
+            return torch.addmm(own.flatten(0, -2), low, second).view(own.shape)
+
+        return product
 
 
-def _can_order(weight: Tensor) -> bool:
-    """Whether torch's own compiler would order this weight (torch 2.8 to 2.13, oneDNN builds)."""
+def _is_plain(layer: Any) -> bool:
+    """Whether a layer with adapters computes `base(x) + scaling * B(A(x))` and nothing else."""
+    names = layer.active_adapters
+    return (
+        len(names) == 1
+        and names[0] in layer.lora_A
+        and not layer.disable_adapters
+        and not layer.merged
+        and not layer.lora_variant
+        and layer.lora_B[names[0]].bias is None
+        and not (layer.training and getattr(layer.lora_dropout[names[0]], "p", 0.0))
+    )
+
+
+def _can_order(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether torch's own compiler would order such a weight (torch 2.8 to 2.13, oneDNN builds)."""
     return (
         weight.device.type == "cpu"
-        and weight.dtype is torch.bfloat16
+        and dtype is torch.bfloat16
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001

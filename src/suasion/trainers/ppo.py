@@ -267,7 +267,8 @@ class PpoLoop:
             return
         rollout = self._roll_out(self.parts.fixed, ("samples", 0), None)
         texts = [self.parts.codec.text_of(ids) for ids in rollout.responses]
-        scores = self._scores(self.parts.fixed, texts)
+        with self.parts.trainer.autocast():
+            scores = self._scores(self.parts.fixed, texts)
         if not self.ranks.first:
             return
         for index, (query, text, score) in enumerate(

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from suasion.functional.kl import full_kl
 from suasion.functional.logprobs import entropy_from_logits, linear_logprobs, token_logprobs
@@ -90,22 +91,38 @@ def test_frozen_parts_get_no_gradient() -> None:
         assert [x.grad is None for x in parts] == [i in frozen for i in range(3)]
 
 
-def test_logits_of_all_positions_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No linear layer is ever asked for more positions than a chunk has."""
-    seen: list[int] = []
-    real = torch.nn.functional.linear
+class Products(TorchDispatchMode):
+    """Rows of every matrix product over the vocabulary, and the largest tensor there was.
 
-    def watched(x: Tensor, *rest: Any) -> Tensor:
-        seen.append(len(x))
-        return real(x, *rest)
+    Args:
+        vocabulary: Columns of the products that count.
+    """
 
-    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.rows: list[int] = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.largest = max(self.largest, out.numel())
+            product = func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+            if product and out.shape[1] == self.vocabulary:
+                self.rows.append(len(out))
+        return out
+
+
+def test_logits_of_all_positions_never_exist() -> None:
+    """No product is ever as long as the positions are many, and no tensor as large."""
     hidden, weight, bias, tokens = head()
-    linear_logprobs(hidden, weight, bias, tokens, chunk=3)[0].sum().backward()
-    assert seen == [3, 3, 1, 3, 3, 1], "forward, then recomputed"
-    seen.clear()
-    linear_logprobs(hidden, weight, bias, tokens, chunk=3, keep=True)[0].sum().backward()
-    assert seen == [3, 3, 1], "kept"
+    for keep, expected in ((False, [3, 3, 1, 3, 3, 1]), (True, [3, 3, 1])):
+        with Products(V) as seen:
+            logprobs, _ = linear_logprobs(hidden, weight, bias, tokens, chunk=3, keep=keep)
+            logprobs.sum().backward()
+        assert seen.rows == expected, "forward, then recomputed unless kept"
+        assert seen.largest < N * V
 
 
 @pytest.mark.parametrize("with_entropy", [False, True])

@@ -30,6 +30,7 @@ from suasion.models.quantised import (
     densify,
     held_as,
     hold,
+    hold_rounded,
     plain_layers,
     quantised_layers,
 )
@@ -177,6 +178,23 @@ def test_four_bits_are_far_coarser() -> None:
     largest = weight.abs().reshape(-1, 64).amax(1, keepdim=True)
     assert bool((error <= 0.16 * largest).all())
     assert float(error.max()) > 0.05
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rounded_once_it_computes_the_same(family: str) -> None:
+    """What autocast rounds in every pass may be held rounded: bit for bit the same results."""
+    model = tiny_model(family).requires_grad_(requires_grad=False)
+    policy = Policy(model, 0.7)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        before = policy.logprobs(BATCH)[0]
+        layers = plain_layers(model)
+        kept = {id(layers[0][1].weight)}
+        hold_rounded(model, torch.bfloat16, besides=kept)
+        after = policy.logprobs(BATCH)[0]
+    assert torch.equal(before, after)
+    assert layers[0][1].weight.dtype is torch.float32
+    assert all(layer.weight.dtype is torch.bfloat16 for _, layer in layers[1:])
+    assert model.get_output_embeddings().weight.dtype is torch.float32
 
 
 def test_arithmetic_follows_the_inputs() -> None:

@@ -7,17 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from scipy.stats import chisquare
 from torch import Tensor
 
+from suasion.config.schema import LoraConfig
 from suasion.core.records import token_batch
 from suasion.core.seeding import generator
+from suasion.models.adapters import add_lora
 from suasion.models.roles import Policy
 from suasion.rollout import decoders
 from suasion.rollout.library import generate
-from suasion.rollout.sampler import Sampling, sample
+from suasion.rollout.sampler import Sampling, draw, sample
 from suasion.rollout.weights import decoding_weights
-from tests.unit.conftest import FAMILIES, VOCABULARY
+from tests.unit.conftest import FAMILIES, VOCABULARY, tiny_model
 
 Policies = Callable[[str], Policy]
 
@@ -357,3 +360,52 @@ def test_decoding_weights_are_given_back(policies: Policies) -> None:
         assert one.dtype is two.dtype
         torch.testing.assert_close(one.float(), two.float(), atol=1e-2, rtol=1e-2)
     torch.testing.assert_close(again.detach(), torch.cat(found.logprobs), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_adapters_decode_as_they_compute(family: str) -> None:
+    """One product with three weights stands for peft's layer; in other states, the layer itself."""
+    adapted = add_lora(tiny_model(family), LoraConfig(r=4), seed=1, dropout=False)
+    rng = torch.Generator().manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1, generator=rng)
+    policy = Policy(adapted, 1.0)
+    layers = [module for module in policy.trunk.modules() if isinstance(module, LoraLayer)]
+    inputs = [torch.randn(3, 1, layer.in_features, generator=rng) for layer in layers]
+
+    def outputs() -> list[Tensor]:
+        return [layer(x).float() for layer, x in zip(layers, inputs, strict=True)]
+
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        outside = outputs()
+        with decoding_weights(policy):
+            assert all("forward" in vars(layer) for layer in layers)
+            assert all("forward" not in vars(layer.get_base_layer()) for layer in layers)
+            inside = outputs()
+        with adapted.disable_adapter():
+            bare = outputs()
+            with decoding_weights(policy):
+                assert not any("forward" in vars(layer) for layer in layers)
+                bare_inside = outputs()
+    for one, two in zip(inside + bare_inside, outside + bare, strict=True):
+        torch.testing.assert_close(one, two, atol=2e-2, rtol=2e-2)
+    assert all((a - b).abs().max() > 0.1 for a, b in zip(outside, bare, strict=True))
+
+
+def test_drawing_by_blocks_inverts_the_distribution() -> None:
+    """Uniform numbers on a grid give the tokens that one long sum in float64 gives."""
+    rng = torch.Generator().manual_seed(5)
+    probs = (3 * torch.randn(1, 1000, generator=rng)).softmax(-1)
+    probs[:, 100:300] = 0.0  # a block of nothing, and parts of two
+    probs[:, -1] = 1e-9
+    count = 20_000
+    grid = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    edge = torch.nextafter(torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
+    uniform = torch.cat([torch.zeros(1, dtype=torch.float64), grid, edge])
+    found = draw(probs.expand(len(uniform), -1), uniform, Sampling())
+    cumulative = probs[0].double().cumsum(0)
+    expected = torch.searchsorted(cumulative, uniform * cumulative[-1], right=True)
+    assert torch.equal(found, expected.clamp(max=999))
+    assert bool((probs[0, found] > 0).all())
+    assert int(found[-1]) == 999, "the last token, however rare"
