@@ -38,11 +38,10 @@ def test_a_phase_is_charged_with_what_it_held_for_a_moment() -> None:
     """Freed at the end of its phase, and not in the peak of the next."""
     size, page = 128 << 20, 4096
     meter = Meter(torch.device("cpu"), torch.nn.Linear(1, 1))
-    with meter.phase("holds", learn=0, idle=0):
-        # Past the C library, which may keep what is freed.
-        with mmap.mmap(-1, size) as held:
-            for at in range(0, size, page):
-                held[at] = 1
+    # Past the C library, which may keep what is freed.
+    with meter.phase("holds", learn=0, idle=0), mmap.mmap(-1, size) as held:
+        for at in range(0, size, page):
+            held[at] = 1
     with meter.phase("does not", learn=0, idle=0):
         pass
     holds, rests = meter.phases
