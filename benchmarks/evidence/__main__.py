@@ -1,6 +1,6 @@
 """Make the evidence again and write it down: `make evidence`, or one part of it by name.
 
-    python -m benchmarks.evidence [random_walks] [optimum] [adaptive_kl]
+    python -m benchmarks.evidence [random_walks] [bf16] [optimum] [adaptive_kl]
 
 Each part leaves NAME.json (every figure and how it was made), NAME.md and NAME.svg in
 docs/evidence. A claim that does not hold ends the command with exit code 1, after everything is

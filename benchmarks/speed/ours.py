@@ -26,6 +26,7 @@ from suasion.config.schema import (
     SftConfig,
 )
 from suasion.core.memory import reuse_memory
+from suasion.models.arithmetic import float32_products
 from suasion.trainers import reward, sft
 from suasion.trainers.ppo import PpoLoop, PpoParts, roll_out
 
@@ -106,7 +107,8 @@ def ppo(task: Task, folder: Path, probe: Probe) -> None:
         )
         for step in range(task.iterations):
             probe.start()
-            stats = loop.iteration(step)
+            with float32_products(parts.arithmetic.training):
+                stats = loop.iteration(step)
             spent = {
                 phase: sum(stats[f"time/ppo/{name}"] for name in names)
                 for phase, names in PHASES.items()

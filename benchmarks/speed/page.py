@@ -27,9 +27,10 @@ MEASURES = f"""Speed is response tokens per second (supervised: tokens; reward m
 length), since sampled lengths differ. The floor is the time of the matrix products that the work
 consists of, on real tokens alone, at the best rate measured in this run, and of the optimizer's
 memory traffic (benchmarks/speed/floor.py). Memory is the largest resident size within any
-iteration. suasion keeps freed memory for the next tensors (src/suasion/core/memory.py), peers as
-installed do not; rows that say so give it to both. {DISTURBED.strip()}: other processes used more
-than {QUIET} cores during every reading of one side."""
+iteration. suasion keeps freed memory for the next tensors, and few kernels
+(src/suasion/core/memory.py), peers as installed do not; rows that say so give both to both.
+{DISTURBED.strip()}: other processes used more than {QUIET} cores during every reading of one
+side."""
 READINGS = "Every reading: [benchmarks/readings.json](benchmarks/readings.json)."
 ROUNDS = """On this processor the faster way to multiply fp32 matrices rounds them to bf16 (see its
 error), so it is no fp32: nobody was given it, and fp32 rows use the default."""

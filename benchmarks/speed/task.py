@@ -17,8 +17,13 @@ SHAPES = {
     "tiny": (1, 32, 2, 256),
 }
 """Layers, width, heads, vocabulary."""
-KEEP_PAGES = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "34359738368"}
-"""glibc keeps what it was given instead of returning it to the system after every tensor."""
+KEEP_PAGES = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "34359738368",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+}
+"""What `suasion.core.memory` sets: glibc keeps what it was given instead of returning it to the
+system after every tensor, and few kernels are kept."""
 
 
 @dataclass(frozen=True, order=True)

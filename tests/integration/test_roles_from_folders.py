@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from suasion.cli.build import ppo, ppo_parts
+from suasion.cli.build import hold_as_computed, ppo, ppo_parts
 from suasion.cli.stages import run_stage
 from suasion.config.recipe import resolve
 from suasion.config.schema import (
@@ -33,6 +33,7 @@ from suasion.config.schema import (
 )
 from suasion.core.errors import ConfigError, ModelError, SuasionError
 from suasion.core.files import keep_json_lines, read_json_lines
+from suasion.core.records import token_batch
 from suasion.models.load import (
     fresh_causal_lm,
     load_causal_lm,
@@ -283,6 +284,50 @@ def test_another_reference_does_not_go_on(made: Path, config: Build, tmp_path: P
         ppo(config(reference=other), tmp_path / "cut", seed=1, console=QUIET)
 
 
+LAYERS = ReferenceConfig(kind="layers", layers=1)
+OWN: dict[str, Any] = {"shared_base": False, "lora": LoraConfig(), "reward": "full/model"}
+"""All weights train, and reward model and reference are models of their own."""
+
+
+@pytest.mark.parametrize("reference", [ReferenceConfig(), LAYERS], ids=["copy", "layers"])
+def test_rounded_once_the_frozen_models_say_the_same(
+    config: Build, reference: ReferenceConfig
+) -> None:
+    """Under the loop's autocast, bit for bit; what the policy holds as well stays as it is."""
+    c = config(**OWN, reference=reference, precision="bf16")
+    parts = parts_of(c)
+    queries, texts = answers(parts, c)
+    codec = parts.codec
+    batch = token_batch(
+        [codec.prompt_ids(query) for query in queries],
+        [codec.response_ids(text, ended=True) for text in texts],
+        codec.pad_id,
+    )
+    judge = parts.reward.reward
+    assert isinstance(parts.reference, FrozenReference)
+    assert isinstance(judge, RewardModel)
+
+    def said() -> tuple[list[float], list[float]]:
+        assert parts.reference is not None
+        with parts.trainer.autocast():
+            return list(judge(queries, texts)), parts.reference.logprobs(batch).tolist()
+
+    before = said()
+    hold_as_computed(parts)
+    assert said() == before
+    for model in (judge.model, parts.reference.model):
+        assert any(p.dtype is torch.bfloat16 for p in model.parameters())
+    assert all(p.dtype is torch.float32 for p in parts.policy.model.parameters())
+    assert all(p.dtype is torch.float32 for p in parts.critic.module.parameters())
+
+
+def test_a_run_goes_on_in_another_precision(config: Build, tmp_path: Path) -> None:
+    """It is held to the same reference, rounded or not."""
+    interrupt(config(**OWN, precision="fp32"), tmp_path / "cut", 3)
+    ppo(config(**OWN, precision="bf16"), tmp_path / "cut", seed=1, console=QUIET)
+    assert len(list(read_json_lines(tmp_path / "cut" / "metrics.jsonl"))) == 4
+
+
 class TestReferences:
     """What the policy is held to."""
 
@@ -321,9 +366,8 @@ class TestReferences:
 
     def test_all_weights_training_are_held_to_a_copy(self, config: Build) -> None:
         """A second model, frozen; offloading changes nothing on the processor."""
-        plain = {"shared_base": False, "lora": LoraConfig(), "reward": "full/model"}
-        c = config(**plain)
-        kept = config(**plain, reference=ReferenceConfig(offload=True))
+        c = config(**OWN)
+        kept = config(**OWN, reference=ReferenceConfig(offload=True))
         one, other = parts_of(c).reference, parts_of(kept).reference
         assert isinstance(one, FrozenReference)
         assert isinstance(other, FrozenReference)
@@ -331,12 +375,7 @@ class TestReferences:
 
     def test_shared_layers_are_the_same_tensors(self, config: Build) -> None:
         """And frozen in the policy; the others are copies that stay."""
-        c = config(
-            shared_base=False,
-            lora=LoraConfig(),
-            reward="full/model",
-            reference=ReferenceConfig(kind="layers", layers=1),
-        )
+        c = config(**OWN, reference=LAYERS)
         parts = parts_of(c)
         assert isinstance(parts.reference, FrozenReference)
         policy = dict(parts.policy.model.named_parameters())
@@ -364,9 +403,6 @@ class TestReferences:
         for row in read_json_lines(tmp_path / "out" / "metrics.jsonl"):
             assert row["objective/kl"] == row["objective/kl_coef"] == 0.0
             assert row["ppo/mean_non_score_reward"] == 0.0
-
-
-LAYERS = ReferenceConfig(kind="layers", layers=1)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ SWAPS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Is: ast.IsNot,
     ast.IsNot: ast.Is,
     ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
 }
 NAMES = {
     "max": "min",

@@ -87,7 +87,10 @@ def ppo(
 
 
 def hold_as_computed(parts: PpoParts) -> None:
-    """Round the frozen models' linear layers once, where the loop would in every pass."""
+    """Round the frozen models' linear layers once, where the loop would in every pass.
+
+    From then on they compute under the loop's autocast only.
+    """
     dtype = getattr(torch, parts.arithmetic.dtype)
     if dtype is torch.float32:
         return
@@ -96,7 +99,7 @@ def hold_as_computed(parts: PpoParts) -> None:
     if isinstance(judge, RewardModel):
         hold_rounded(judge.model, dtype, besides=of_policy)
     if isinstance(parts.reference, FrozenReference):
-        hold_rounded(parts.reference.model, dtype, besides=of_policy)
+        parts.reference.hold_rounded(dtype, besides=of_policy)
 
 
 def _check_quickly(parts: PpoParts, config: PpoConfig, seed: int, console: Console) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
 """Names of `mallopt`'s parameters (malloc.h of the GNU C library)."""
@@ -21,14 +22,16 @@ def reuse_memory() -> bool:
 
     By itself the C library hands every large tensor's memory back to the system, which must clear
     it page by page for the next one: a fifth of an update on a processor, most of all in virtual
-    machines. The largest memory needed at one moment is the same. What the environment says about
-    either comes first, and other C libraries are left alone. To be called before torch computes.
+    machines. The peak is the same to a few percent, but what was taken stays taken. What the
+    environment says about either comes first, and other C libraries are left alone. To be called
+    before torch computes.
 
     Returns:
         Whether freed memory is kept.
     """
     os.environ.setdefault(KERNELS, str(KEPT_KERNELS))
-    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+    told = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
+    if told or not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

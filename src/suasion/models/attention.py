@@ -126,15 +126,17 @@ def builds_kernels() -> bool:
     return torch.is_autocast_enabled("cpu") or torch.get_float32_matmul_precision() != "highest"
 
 
-def spare_tokens(count: int) -> list[int]:
-    """Lengths of sequences to add to a row of `count` tokens, which nobody reads.
+def spare_tokens(lengths: Sequence[int]) -> list[int]:
+    """Lengths of sequences to add to a row of such ones, which nobody reads.
 
-    Longer rows come in longer steps, of a thirty-second to a sixteenth of their length.
+    Longer rows come in longer steps, of a thirty-second to a sixteenth of their length. None is
+    longer than those there are: a model may have no positions for more.
     """
+    count = sum(lengths)
     if not builds_kernels() or count <= STEP:
         return []
-    spare = -count % max(STEP, 1 << (count // 16).bit_length() - 1)
-    return [STEP] * (spare // STEP) + [spare % STEP] * (spare % STEP > 0)
+    spare, each = -count % max(STEP, 1 << (count // 16).bit_length() - 1), min(STEP, max(lengths))
+    return [each] * (spare // each) + [spare % each] * (spare % each > 0)
 
 
 def can_pack(model: Any, trunk: Any) -> bool:

@@ -137,7 +137,7 @@ def hold(model: Any, held: str) -> Any:
 def hold_rounded(model: Any, dtype: torch.dtype, *, besides: Container[int] = ()) -> None:
     """Hold the linear layers of a model that never trains as autocast would round them each time.
 
-    It computes the same under autocast, bit for bit, in half the memory.
+    It computes the same under autocast, bit for bit, in half the memory, and no more without.
 
     Args:
         model: A causal LM or a classifier.

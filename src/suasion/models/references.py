@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from suasion.core.errors import ModelError
 from suasion.core.records import TokenBatch
+from suasion.models.quantised import hold_rounded
 from suasion.models.roles import Policy
 from suasion.models.scope import AdapterScope
 
@@ -109,6 +110,7 @@ class FrozenReference:
         model.eval()
         self._policy = Policy(model, temperature)
         self._away = device
+        self._identity: str | None = None
 
     @classmethod
     def copy_of(cls, policy: Policy, *, shared: Iterable[nn.Parameter] = ()) -> FrozenReference:
@@ -143,9 +145,17 @@ class FrozenReference:
         finally:
             self.model.to("cpu")
 
+    def hold_rounded(self, dtype: torch.dtype, *, besides: Container[int] = ()) -> None:
+        """Round as `suasion.models.quantised.hold_rounded` does; from then on, under autocast only.
+
+        It is the same reference as before: its identity is that of the weights it came with.
+        """
+        self._identity = self.identity()
+        hold_rounded(self.model, dtype, besides=besides)
+
     def identity(self) -> str:
         """Hash of the weights."""
-        return fingerprint(self.model.named_parameters())
+        return self._identity or fingerprint(self.model.named_parameters())
 
 
 def frozen_copy(model: Any, shared: Iterable[nn.Parameter] = ()) -> Any:

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from suasion.core.errors import ModelError
@@ -80,7 +81,7 @@ class HiddenStates:
             return self(batch.ids, batch.mask).last_hidden_state[where]
         lengths = batch.mask.sum(-1).tolist()
         ids, wanted = batch.ids[batch.mask], where[batch.mask]
-        spare = spare_tokens(len(ids))
+        spare = spare_tokens(lengths)
         ids = torch.cat([ids, ids.new_zeros(sum(spare))])
         return run_packed(self.trunk, ids, lengths + spare)[: len(wanted)][wanted]
 
@@ -96,6 +97,11 @@ class Policy(HiddenStates):
 
     def __init__(self, model: Any, temperature: float, scope: AdapterScope | None = None) -> None:
         super().__init__(model, model.get_output_embeddings())
+        if isinstance(self.head, BaseTunerLayer):
+            raise ModelError(
+                "the output head has an adapter, which log-probabilities in chunks leave out",
+                "name other layers in lora.targets",
+            )
         self.temperature = temperature
         self.scope = scope
         self.decoding_head: Callable[[Tensor], Tensor] | None = None

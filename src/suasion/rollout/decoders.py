@@ -97,8 +97,8 @@ class SlotDecoder:
         self._slots = min(slots, len(queries))
         self._waiting = sorted(range(len(queries)), key=lambda i: len(queries[i]))
         room = max(len(query) + limit for query, limit in zip(queries, limits, strict=True))
-        self._built = builds_kernels()
-        self._cache = SlotCache(self._slots + -self._slots % ROWS, room)
+        self._step = ROWS if builds_kernels() else 1
+        self._cache = SlotCache(self._slots + -self._slots % self._step, room)
         self._rows = torch.empty(0, dtype=torch.long, device=policy.device)
         self._filled = self._rows.clone()  # tokens in each slot
         kind = policy.device.type
@@ -130,8 +130,9 @@ class SlotDecoder:
         for slot, query in enumerate(new, start=used):
             distinct.setdefault(tuple(self._queries[query]), []).append(slot)
         tokens = [token for prompt in distinct for token in prompt]
-        spare = spare_tokens(len(tokens))
-        lengths = [len(prompt) for prompt in distinct] + spare
+        lengths = [len(prompt) for prompt in distinct]
+        spare = spare_tokens(lengths)
+        lengths += spare
         device = self._policy.device
         self._cache.expect_prompts(lengths, [*distinct.values(), *([] for _ in spare)])
         ids = torch.tensor(tokens + [0] * sum(spare), device=device)
@@ -149,7 +150,7 @@ class SlotDecoder:
     def _decode(self, token: Tensor) -> Tensor:
         count, longest = len(token), int(self._filled.max()) + 1
         # Rows that nobody reads, in free slots: kernels are built for every number of rows.
-        spare = -count % ROWS if self._built else 0
+        spare = -count % self._step
         at, token = (functional.pad(row, (0, spare)) for row in (self._filled, token))
         self._cache.expect_tokens(at, longest)
         unseen = torch.arange(longest, device=at.device) > at[:, None]

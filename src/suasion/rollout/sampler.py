@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from suasion.config.schema import ResponseConfig
+from suasion.core.errors import TrainingError
 from suasion.core.records import Rollout
 from suasion.models.roles import Policy
 from suasion.rollout.decoders import Decoder, PaddedDecoder, SlotDecoder
@@ -209,12 +210,22 @@ def draw(probs: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     First a block of tokens, then one of the block, so that only `BLOCK` numbers of each row are
     added up one by one. These sums are float64: over many tokens a float32 sum is off by more than
     rare ones weigh. A token's probability is as exact as the float32 sum of its block's.
+
+    Raises:
+        TrainingError: a row gives no token a chance.
     """
     if sampling.greedy:
         return probs.argmax(-1)
     weights = _filtered(probs, sampling)
     blocks = functional.pad(weights, (0, -weights.shape[1] % BLOCK)).view(len(probs), -1, BLOCK)
     masses = blocks.sum(-1)
+    if not bool((masses.sum(-1) > 0.0).all()):  # not a number is not above 0 either
+        raise TrainingError(
+            "the policy gives no token a chance: its logits are not numbers, or min_tokens forbids "
+            "every token that it would say",
+            "look at the last metrics for a loss that leapt; a lower learning rate or response."
+            "min_tokens 0 helps",
+        )
     block, rest = _invert(masses, uniform)
     chosen = blocks[torch.arange(len(probs), device=probs.device), block]
     return block * BLOCK + _invert(chosen, rest)[0]

@@ -51,6 +51,7 @@ def decoding_weights(policy: Policy) -> Iterator[None]:
                 changed.append(module)
                 covered.update(module.modules())
         policy.decoding_head = convert.layer(policy.head)
+        del convert  # its workspaces are as large as the largest weight
         yield
     finally:
         policy.decoding_head = None
@@ -88,18 +89,19 @@ class _Converter:
 
     def adapted(self, layer: Any) -> Product | None:
         """The same of a layer with one adapter, whose two products are added to its own."""
-        if not isinstance(layer, LoraLayer) or not _is_plain(layer):
+        if not isinstance(layer, LoraLayer) or "forward" in vars(layer) or not _is_plain(layer):
             return None
         base = self.layer(layer.get_base_layer())
         if base is None:
             return None
         (name,) = layer.active_adapters
         lora: Any = layer
-        first = lora.lora_A[name].weight.data.to(self._dtype)
-        second = (lora.lora_B[name].weight.data * lora.scaling[name]).to(self._dtype).t()
+        dtype = self._dtype
+        first = lora.lora_A[name].weight.data.to(dtype)
+        second = (lora.lora_B[name].weight.data * lora.scaling[name]).to(dtype).t()
 
         def product(x: Tensor) -> Tensor:
-            x = x.to(self._dtype)
+            x = x.to(dtype)
             own = base(x)
             low = nn.functional.linear(x, first).flatten(0, -2)
             return torch.addmm(own.flatten(0, -2), low, second).view(own.shape)

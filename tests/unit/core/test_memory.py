@@ -8,7 +8,9 @@ import sys
 import pytest
 
 SCRIPT = """
-import resource, sys
+import ctypes, resource
+PR_SET_THP_DISABLE = 41  # pages of 4 KB, whatever the host's are
+ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
 from suasion.core.memory import reuse_memory
 import torch
 print(reuse_memory())

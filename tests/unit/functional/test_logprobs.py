@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from suasion.functional import logprobs as module
 from suasion.functional.kl import full_kl
 from suasion.functional.logprobs import entropy_from_logits, linear_logprobs, token_logprobs
 
@@ -185,6 +186,19 @@ def test_autocast_settles_the_precision_of_both_passes() -> None:
     got.sum().backward()
     assert hidden.grad is not None
     assert hidden.grad.dtype == torch.float32
+
+
+def test_a_wide_sum_is_made_by_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of the weight at a time, the last ones too; the gradient is the same."""
+    gradients = []
+    for added in (module.ADDED, 2 * D, 1):
+        monkeypatch.setattr(module, "ADDED", added)
+        hidden, weight, bias, tokens = head(torch.bfloat16)
+        linear_logprobs(hidden, weight, bias, tokens, chunk=2)[0].sum().backward()
+        gradients.append(weight.grad)
+    assert gradients[0] is not None
+    assert gradients[0].count_nonzero() == V * D
+    assert all(torch.equal(gradients[0], other) for other in gradients)
 
 
 def test_forbidden_tokens_add_no_entropy() -> None:

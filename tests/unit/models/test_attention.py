@@ -80,10 +80,11 @@ def test_sliding_windows_are_refused() -> None:
 
 def test_rows_come_in_steps_where_kernels_are_built() -> None:
     """Under bf16 or another float32 back end; torch's own takes any number."""
-    assert spare_tokens(STEP + 3) == []
+    assert spare_tokens([STEP, 3]) == []
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert spare_tokens(STEP + 3) == [STEP - 3]
-        assert spare_tokens(3 * STEP) == []
-        assert spare_tokens(STEP - 1) == []
-        # A context may be as short as a step: what is added is no longer than that.
-        assert spare_tokens(3500) == [STEP, 3584 - 3500 - STEP]
+        assert spare_tokens([STEP, 3]) == [STEP - 3]
+        assert spare_tokens([3 * STEP]) == []
+        assert spare_tokens([STEP - 1]) == []
+        assert spare_tokens([3500]) == [STEP, 3584 - 3500 - STEP]
+        # The context may be as short as the longest sequence.
+        assert spare_tokens([20] * 4) == [20, 20, 8]

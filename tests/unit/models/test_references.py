@@ -83,6 +83,16 @@ def test_references_are_told_apart() -> None:
     assert raw.identity() == before
 
 
+def test_rounded_it_is_the_same_reference() -> None:
+    """A run that began in fp32 goes on in bf16, and the other way round."""
+    reference = FrozenReference(tiny_model("llama"), 1.0)
+    before = reference.identity()
+    reference.hold_rounded(torch.bfloat16)
+    assert any(p.dtype is torch.bfloat16 for p in reference.model.parameters())
+    assert reference.identity() == before
+    assert fingerprint(reference.model.named_parameters()) != before
+
+
 def test_a_fingerprint_sees_a_training_step() -> None:
     """Of any size; and types and shapes."""
     one = torch.arange(100_000.0)

@@ -134,6 +134,13 @@ def test_logits_changed_after_the_head_are_refused() -> None:
         Policy(model, 1.0)
 
 
+def test_an_adapter_on_the_output_head_is_refused() -> None:
+    """It begins as zero, so that no comparison at the start would see it left out."""
+    adapted = add_lora(tiny_model("llama"), LoraConfig(r=2, targets=("q_proj", "lm_head")), seed=1)
+    with pytest.raises(ModelError, match="output head has an adapter"):
+        Policy(adapted, 1.0)
+
+
 def test_no_dropout_is_left() -> None:
     """Two passes in training mode agree."""
     config = tiny_config("gpt2")

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import peft
 import pytest
 import torch
+from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from scipy.stats import chisquare
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from suasion.config.schema import LoraConfig
+from suasion.core.errors import TrainingError
 from suasion.core.records import token_batch
 from suasion.core.seeding import generator
 from suasion.models.adapters import add_lora
@@ -20,7 +24,7 @@ from suasion.rollout import decoders
 from suasion.rollout.library import generate
 from suasion.rollout.sampler import Sampling, draw, sample
 from suasion.rollout.weights import decoding_weights
-from tests.unit.conftest import FAMILIES, VOCABULARY, tiny_model
+from tests.unit.conftest import FAMILIES, VOCABULARY, tiny_config, tiny_model
 
 Policies = Callable[[str], Policy]
 
@@ -391,6 +395,57 @@ def test_adapters_decode_as_they_compute(family: str) -> None:
     for one, two in zip(inside + bare_inside, outside + bare, strict=True):
         torch.testing.assert_close(one, two, atol=2e-2, rtol=2e-2)
     assert all((a - b).abs().max() > 0.1 for a, b in zip(outside, bare, strict=True))
+
+
+@pytest.mark.parametrize(
+    "special",
+    [{"use_dora": True}, {"lora_bias": True}, {"use_rslora": True}, {"lora_dropout": 0.5}],
+    ids=str,
+)
+def test_other_kinds_of_adapters_decode_as_they_compute(special: dict[str, Any]) -> None:
+    """What is more than two products added to the layer's own is left to peft."""
+    adapted: Any = get_peft_model(
+        tiny_model("opt"), peft.LoraConfig(r=4, target_modules="all-linear", **special)
+    )
+    rng = torch.Generator().manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1, generator=rng)
+    policy = Policy(adapted, 1.0)
+    ids = torch.tensor([[5, 9, 12, 200]])
+    mask = torch.ones_like(ids, dtype=torch.bool)
+
+    def logits() -> Tensor:
+        torch.manual_seed(3)  # of the adapter's dropout, where that is on
+        return policy.logits(policy(ids, mask).last_hidden_state)
+
+    for train in (False, True):
+        adapted.train(train)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            outside = logits()
+            with decoding_weights(policy):
+                inside = logits()
+        torch.testing.assert_close(inside, outside, atol=0.05, rtol=0.02)
+
+
+def test_prompts_as_long_as_the_context_are_sampled_in_bf16() -> None:
+    """Rows are filled up to the next step by sequences that the model has positions for."""
+    config = tiny_config("gpt2")
+    config.n_positions = 12
+    policy = Policy(AutoModelForCausalLM.from_config(config).eval(), 1.0)
+    queries = [[5 + row, 6, 7, 8, 9, 10, 11] for row in range(12)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = sample(policy, queries, [5] * 12, uniforms(12), stop_ids=(NEVER,), pad_id=0)
+        with torch.no_grad():
+            again = policy.logprobs(token_batch(queries, found.responses, 0))[0]
+    torch.testing.assert_close(torch.cat(found.logprobs), again, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("probs", [[[0.5, 0.5], [torch.nan, 0.5]], [[0.0, 0.0], [0.5, 0.5]]])
+def test_a_policy_that_says_nothing_is_named(probs: list[list[float]]) -> None:
+    """Rather than an index that does not exist."""
+    with pytest.raises(TrainingError, match="gives no token a chance"):
+        draw(torch.tensor(probs), torch.tensor([0.1, 0.9]).double(), Sampling())
 
 
 def test_drawing_by_blocks_inverts_the_distribution() -> None:
