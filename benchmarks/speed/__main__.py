@@ -41,6 +41,7 @@ from benchmarks.speed.task import Task
 from suasion.core.files import write_text
 
 SCRATCH = ROOT / "runs" / "bench"
+READINGS = Path("benchmarks") / "readings.json"
 TABLES = (("S", "gpt2"), ("M", "gpt2"), ("S", "llama"), ("M", "llama"))
 
 
@@ -103,7 +104,7 @@ def run(
 def write(store: Store, out: Path, made: dict[str, str], tables: Sequence[tuple[str, str]]) -> None:
     """The page, its drawing and the readings."""
     lines = ",\n".join(json.dumps(row) for row in [{"made": made}, *store.rows])
-    write_text(out / "benchmarks" / "readings.json", f"[\n{lines}\n]\n")
+    write_text(out / READINGS, f"[\n{lines}\n]\n")
     write_text(out / "benchmarks" / "growth.svg", drawing(store))
     write_text(out / "benchmarks.md", page(store, made, tables))
 
@@ -114,7 +115,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--minutes", type=float, default=45.0, help="start nothing after this")
     parser.add_argument("--resume", action="store_true", help="keep what was measured before")
     parser.add_argument("--quick", action="store_true", help="ours alone, on a model of nothing")
-    parser.add_argument("--page", action="store_true", help="write the page, measure nothing")
+    parser.add_argument("--page", action="store_true", help="write the page of that run again")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of the page")
     parser.add_argument("--scratch", type=Path, default=SCRATCH, help="models and readings")
     given = parser.parse_args(arguments)
@@ -138,7 +139,10 @@ def main(arguments: Sequence[str]) -> int:
             console=console,
         )
     command = f'make bench BENCH="{" ".join(arguments)}"' if arguments else "make bench"
-    made = made_with((time.monotonic() - began) / 60, command)
+    if given.page:
+        made = json.loads((given.out / READINGS).read_text(encoding="utf-8"))[0]["made"]
+    else:
+        made = made_with((time.monotonic() - began) / 60, command)
     tables = [("tiny", "gpt2")] if given.quick else TABLES
     write(store, given.out, made, tables)
     console.print(f"written: {given.out / 'benchmarks.md'}")

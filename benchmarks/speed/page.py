@@ -131,11 +131,14 @@ def _comparison(store: Store, shape: str, family: str, compared: Sequence[Row]) 
     table = []
     for row in compared:
         ours, peer = (settled(task, store.rates) for task in (row.ours, row.peer))
-        table.append(_line(store, row, ours, peer))
+        if row.target is not None or (store.of(ours) and store.of(peer)):
+            table.append(_line(store, row, ours, peer))
     header = (
         "work", "against", "suasion", "peer", "ratio", "target", "suasion / floor", "peer / floor",
     )  # fmt: skip
-    return "\n".join([f"## {FAMILIES[family]} {shape}", "", *_table(header, table), ""])
+    # What has no target and was not measured in this run is left out.
+    lines = [f"## {FAMILIES[family]} {shape}", "", *_table(header, table), ""] if table else []
+    return "\n".join(lines)
 
 
 def _line(store: Store, row: Row, ours: Task, peer: Task) -> tuple[str, ...]:
