@@ -405,6 +405,25 @@ def test_a_folder_that_cannot_be_written(
     assert str(tmp_path / "file") in message
 
 
+def test_a_recipe_of_nothing(suasion: Commands, tmp_path: Path) -> None:
+    """Is no run, and makes no folder."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("seed: 1\n", "utf-8")
+    message = suasion.refused(CONFIG, "run", recipe, "--out", tmp_path / "run")
+    assert "names no stage" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_typo_loses_no_finished_stage(suasion: Commands, demo: Path, tmp_path: Path) -> None:
+    """What was made before waits until the new inputs have proven good."""
+    out = shutil.copytree(demo, tmp_path / "run")
+    before = read(out / "ppo" / "manifest.json")
+    suasion.refused(DATA, "demo", "--out", out, *TINY, "--ppo.data", tmp_path / "typo.jsonl")
+    assert read(out / "ppo" / "manifest.json") == before
+    assert not (out / "ppo.before").exists()
+    assert "ppo  already done" in suasion.done("demo", "--out", out, *TINY)
+
+
 LARGEST = {
     "prepare": 8_000,
     "pretrain": 60_000,

@@ -95,6 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _explain(error)
     except KeyboardInterrupt:
         again = shlex.join(["suasion", *words])
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            again += "  (by torchrun, with as many processes)"
         print(
             f"\ninterrupted; what was finished is kept. To go on, run the same command:\n  {again}",
             file=sys.stderr,

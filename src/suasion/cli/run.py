@@ -11,6 +11,7 @@ from rich.console import Console
 
 from suasion.config.recipe import STAGES
 from suasion.config.schema import Recipe
+from suasion.core.errors import ConfigError
 from suasion.core.files import write_text
 from suasion.core.memory import reuse_memory
 from suasion.core.ranks import ALONE, Ranks
@@ -26,9 +27,14 @@ def run_recipe(recipe: Recipe, console: Console, ranks: Ranks = ALONE) -> Summar
         recipe: Every input of a stage is named in it.
         console: For progress; should be silent in all processes but the first.
         ranks: The processes that run it.
+
+    Raises:
+        SuasionError: whatever stopped a stage, or there is none.
     """
     from suasion.cli.stages import run_stage
 
+    if all(getattr(recipe, stage) is None for stage in STAGES if stage != "report"):
+        raise ConfigError("the recipe names no stage", f"give it some of {', '.join(STAGES)}")
     set_up_processor(recipe.threads)
     out = Path(recipe.out)
     stored: dict[str, dict[str, Any]] = {}

@@ -31,6 +31,8 @@ from suasion.core.manifest import (
     claim,
     complete,
     finished,
+    flat,
+    take_back,
 )
 from suasion.core.ranks import ALONE, Ranks
 
@@ -178,6 +180,9 @@ def run_stage(
     values = asdict(config)
     inputs = {name: values[name] for name in input_names}
 
+    decided = {key: value for key, value in values.items() if key not in inputs}
+    _agree_on(stage, flat({**decided, "seed": seed}), ranks)
+
     def start() -> tuple[Manifest, dict[str, Any] | None]:
         _keep_apart(stage, inputs, folder)
         manifest = begin(stage, values, inputs, seed)
@@ -209,6 +214,7 @@ def _claimed(
     def say(what: str) -> None:
         console.print(f"[bold]{stage}[/]  {escape(what)}", highlight=False)
 
+    take_back(folder, manifest)
     stored = finished(folder, manifest)
     if stored is not None:
         say(f"already done, unchanged: {folder}")
@@ -218,6 +224,23 @@ def _claimed(
         say(f"running again: {'; '.join(changes)}")
     say("continuing" if claim(folder, manifest) else "running")
     return None
+
+
+def _agree_on(stage: str, options: Mapping[str, str], ranks: Ranks) -> None:
+    """Refuse processes that were given different options.
+
+    Raises:
+        ConfigError: they were; the same message in each of them.
+    """
+    first, *others = ranks.gather(options)
+    for rank, other in enumerate(others, start=1):
+        key = next((k for k in (*first, *other) if first.get(k) != other.get(k)), None)
+        if key is not None:
+            raise ConfigError(
+                f"{stage}.{key} is {first.get(key)} in process 0 and {other.get(key)} in process "
+                f"{rank}",
+                "start all processes with the same recipe and options",
+            )
 
 
 def _keep_apart(stage: str, inputs: Mapping[str, str | None], folder: Path) -> None:

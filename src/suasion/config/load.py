@@ -32,13 +32,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"no such recipe: {path}", "check the path; see recipes/") from None
     except (IsADirectoryError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not a YAML file ({error})") from None
+        raise ConfigError(f"{path} is not a YAML file ({error})", "see recipes/") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}{where}: not valid YAML ({error})") from None
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping of keys, not {type(value).__name__}")
+        raise ConfigError(
+            f"{path}: a recipe is a mapping of keys, "
+            + ("and this file is empty" if value is None else f"not {type(value).__name__}"),
+            "see recipes/",
+        )
     return value
 
 

@@ -3,6 +3,7 @@
 A finished stage has `manifest.json`; one that was begun has `begun.json`, written before anything
 else. Both carry a fingerprint of configuration, inputs by content, seed and version: a finished
 stage whose fingerprint still holds is skipped, a begun one is continued, anything else starts anew.
+What was there then waits in a folder beside it, until the new one is finished or has failed.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ MANIFEST = "manifest.json"
 BEGUN = "begun.json"
 ARITHMETIC = "arithmetic.json"
 """Where a stage that trains keeps the arithmetic it chose."""
+BEFORE = ".before"
+"""Ends the name of the folder in which a stage waits that is made anew."""
 SCRATCH = ("checkpoints", "scratch", "tracking")
 """Folders of a stage that are not part of its result; the first two go when it is finished."""
 
@@ -103,7 +106,7 @@ def claim(folder: Path, manifest: Manifest) -> bool:
     begun = _ours(folder / BEGUN)
     if begun is not None and begun["fingerprint"] == manifest.fingerprint:
         return True
-    held = begun or _ours(folder / MANIFEST)
+    held = _held(folder)
     damaged = [name for name in (MANIFEST, BEGUN) if (folder / name).is_file()]
     if held is None and damaged:
         raise ConfigError(
@@ -119,7 +122,7 @@ def claim(folder: Path, manifest: Manifest) -> bool:
             f"{folder} holds the stage {held['stage']}, and {manifest.stage} would replace it",
             "choose another --out folder",
         )
-    shutil.rmtree(folder, ignore_errors=True)
+    _set_aside(folder)
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / BEGUN, {"stage": manifest.stage, "fingerprint": manifest.fingerprint})
@@ -127,9 +130,47 @@ def claim(folder: Path, manifest: Manifest) -> bool:
 
 
 def abandon(folder: Path) -> None:
-    """Remove the folder of a stage that stopped before it wrote anything."""
+    """Remove the folder of a stage that stopped before it wrote anything; take back what waits."""
     if all(path.is_dir() or path.name in (BEGUN, ARITHMETIC) for path in folder.rglob("*")):
         shutil.rmtree(folder)
+        if _held(_waiting(folder)):
+            _waiting(folder).rename(folder)
+
+
+def take_back(folder: Path, manifest: Manifest) -> None:
+    """If what waits beside `folder` is this very stage, and what is in there not, put it back."""
+    held, waiting = _held(folder), _held(_waiting(folder))
+    if waiting is None or waiting["fingerprint"] != manifest.fingerprint:
+        return
+    if folder.exists() if held is None else held["fingerprint"] == manifest.fingerprint:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    _waiting(folder).rename(folder)
+
+
+def _set_aside(folder: Path) -> None:
+    """Let a stage wait while it is made anew; one that is finished rather than one that is not."""
+    waiting = _waiting(folder)
+    if _held(waiting) is None and waiting.exists():
+        raise ConfigError(
+            f"{folder} is to wait in {waiting}, which suasion did not write",
+            "give that one another name",
+        )
+    if _ours(folder / MANIFEST) is None and waiting.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+    elif folder.exists():
+        with storage_errors(waiting):
+            shutil.rmtree(waiting, ignore_errors=True)
+            folder.rename(waiting)
+
+
+def _waiting(folder: Path) -> Path:
+    return folder.with_name(folder.name + BEFORE)
+
+
+def _held(folder: Path) -> dict[str, Any] | None:
+    """What a stage of ours says of `folder`, begun or finished."""
+    return _ours(folder / BEGUN) or _ours(folder / MANIFEST)
 
 
 def _ours(path: Path) -> dict[str, Any] | None:
@@ -170,6 +211,8 @@ def complete(
     }
     write_json(folder / MANIFEST, stored)
     (folder / BEGUN).unlink(missing_ok=True)
+    if _held(_waiting(folder)):
+        shutil.rmtree(_waiting(folder), ignore_errors=True)
     return stored
 
 
@@ -178,7 +221,7 @@ def changed_keys(folder: Path, manifest: Manifest) -> list[str]:
     stored = _ours(folder / MANIFEST)
     if stored is None:
         return []
-    before, now = dict(_flat(stored.get("config", {}))), dict(_flat(manifest.config))
+    before, now = flat(stored.get("config", {})), flat(manifest.config)
     changes = [
         f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -195,14 +238,15 @@ def changed_keys(folder: Path, manifest: Manifest) -> list[str]:
     return changes or ["its files were changed, or another version made it"]
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    pairs: list[tuple[str, str]] = []
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Options by their whole names, as JSON."""
+    found: dict[str, str] = {}
     for key, inner in value.items():
         if isinstance(inner, Mapping):
-            pairs += _flat(inner, f"{prefix}{key}.")
+            found |= flat(inner, f"{prefix}{key}.")
         else:
-            pairs.append((f"{prefix}{key}", json.dumps(inner, default=str)))
-    return pairs
+            found[f"{prefix}{key}"] = json.dumps(inner, default=str)
+    return found
 
 
 def versions() -> dict[str, str]:

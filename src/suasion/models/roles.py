@@ -155,6 +155,12 @@ class Policy(HiddenStates):
             self.model.eval()  # dropout would make any two passes differ
             ours = self.head(self(ids, mask).last_hidden_state)
             theirs = self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
+        if bool(theirs.isnan().any()):
+            raise ModelError(
+                f"{type(self.model).__name__} gives logits that are not numbers",
+                "its weights, or an adapter's, hold values that are not finite: take an earlier "
+                "folder, or load it in another precision",
+            )
         if not torch.allclose(ours, theirs, atol=1e-3, rtol=1e-3):
             raise ModelError(
                 f"{type(self.model).__name__} changes its logits after the output head",

@@ -219,7 +219,7 @@ def draw(probs: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     weights = _filtered(probs, sampling)
     blocks = functional.pad(weights, (0, -weights.shape[1] % BLOCK)).view(len(probs), -1, BLOCK)
     masses = blocks.sum(-1)
-    if not bool((masses.sum(-1) > 0.0).all()):  # not a number is not above 0 either
+    if bool((~(masses.sum(-1) > 0.0)).any()):  # not a number is not above 0 either
         raise TrainingError(
             "the policy gives no token a chance: its logits are not numbers, or min_tokens forbids "
             "every token that it would say",

@@ -121,7 +121,7 @@ def test_overrides_are_laid_on_top() -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("a: [", "line 1"), ("- 1", "not list"), ("", "not NoneType"), ("\tx", "not valid YAML")],
+    [("a: [", "line 1"), ("- 1", "not list"), ("", "file is empty"), ("\tx", "not valid YAML")],
 )
 def test_a_file_that_is_no_recipe(tmp_path: Path, text: str, said: str) -> None:
     """Says what it is instead."""

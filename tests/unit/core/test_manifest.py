@@ -168,3 +168,52 @@ def test_the_commit_is_of_the_sources_or_unknown() -> None:
     found = m.commit()
     assert found is None or (len(found) == 40 and int(found, 16))
     assert json.dumps(m.versions())
+
+
+def test_a_stage_waits_while_it_is_made_anew(source: Path, tmp_path: Path) -> None:
+    """It comes back if nothing was written, or by its own command; else it goes at the end."""
+    folder, waiting = tmp_path / "out", tmp_path / "out.before"
+    manifest, other = describe(source), describe(source, rate=0.2)
+    stored = finish(folder, manifest)
+    # The new one fails before it has written anything.
+    assert not m.claim(folder, other)
+    assert (waiting / "result").is_file()
+    m.abandon(folder)
+    assert m.finished(folder, manifest) == stored
+    assert not waiting.exists()
+    # It is interrupted, and the old command runs again.
+    m.claim(folder, other)
+    (folder / "half").touch()
+    m.abandon(folder)
+    assert m.finished(folder, manifest) is None
+    m.take_back(folder, manifest)
+    assert m.finished(folder, manifest) == stored
+    # A third one takes the place of what is begun, and what is finished goes on waiting.
+    m.claim(folder, other)
+    assert not m.claim(folder, describe(source, rate=0.3))
+    assert m.finished(waiting, manifest) == stored
+    m.complete(folder, describe(source, rate=0.3), {}, 1.0)
+    assert not waiting.exists()
+    m.take_back(folder, manifest)
+    assert m.finished(folder, manifest) is None
+
+
+def test_what_is_begun_waits_too(source: Path, tmp_path: Path) -> None:
+    """Its checkpoints may be of hours."""
+    folder, manifest = tmp_path / "out", describe(source)
+    m.claim(folder, manifest)
+    (folder / "checkpoint").touch()
+    m.claim(folder, describe(source, rate=0.2))
+    m.abandon(folder)
+    assert (folder / "checkpoint").is_file()
+    assert m.claim(folder, manifest), "it goes on"
+
+
+def test_another_s_folder_is_not_waited_in(source: Path, tmp_path: Path) -> None:
+    """Nothing is overwritten that suasion did not write."""
+    folder = tmp_path / "out"
+    finish(folder, describe(source))
+    (tmp_path / "out.before").mkdir()
+    with pytest.raises(ConfigError, match="did not write"):
+        m.claim(folder, describe(source, rate=0.2))
+    assert (folder / "result").is_file()

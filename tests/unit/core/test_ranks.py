@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from suasion.cli.main import main
+from suasion.cli.stages import run_stage
+from suasion.config.schema import MergeConfig
 from suasion.core.errors import ConfigError, TrainingError
+from suasion.core.manifest import flat
 from suasion.core.ranks import ALONE, Ranks, check_size, checksum, joined, launched
 
 
@@ -72,6 +78,23 @@ def test_disagreement_is_an_error() -> None:
     played(4, 4).agree("the step", 4)
     with pytest.raises(TrainingError, match="the step differs between processes: 4 in process 0, "):
         played(4, 3).agree("the step", 4, "share a folder")
+
+
+def test_processes_with_other_options_stop_before_they_begin(tmp_path: Path) -> None:
+    """By the option's whole name; where each finds its inputs is its own matter."""
+    config = MergeConfig(model="here", tolerance=0.5)
+    other = {**flat(asdict(MergeConfig(model="there", tolerance=0.25))), "seed": "1"}
+    del other["model"], other["data"]
+    with pytest.raises(ConfigError, match=r"merge.tolerance is 0.5 in process 0 and 0.25 in"):
+        run_stage(
+            "merge",
+            config,
+            tmp_path / "out",
+            seed=1,
+            console=Console(quiet=True),
+            ranks=played(other),
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_checksums_tell_weights_apart() -> None:

@@ -141,6 +141,15 @@ def test_an_adapter_on_the_output_head_is_refused() -> None:
         Policy(adapted, 1.0)
 
 
+def test_weights_that_are_no_numbers_are_named() -> None:
+    """And not taken for a family that is not supported."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ModelError, match="logits that are not numbers"):
+        Policy(model, 1.0)
+
+
 def test_no_dropout_is_left() -> None:
     """Two passes in training mode agree."""
     config = tiny_config("gpt2")
