@@ -408,7 +408,7 @@ def test_a_folder_that_cannot_be_written(
 def test_a_recipe_of_nothing(suasion: Commands, tmp_path: Path) -> None:
     """Is no run, and makes no folder."""
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("seed: 1\n", "utf-8")
+    recipe.write_text("name: nothing\n", "utf-8")
     message = suasion.refused(CONFIG, "run", recipe, "--out", tmp_path / "run")
     assert "names no stage" in message
     assert not (tmp_path / "run").exists()
