@@ -95,7 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _explain(error)
     except KeyboardInterrupt:
         again = shlex.join(["suasion", *words])
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from suasion.core.ranks import launched
+
+        if launched() > 1:
             again += "  (by torchrun, with as many processes)"
         print(
             f"\ninterrupted; what was finished is kept. To go on, run the same command:\n  {again}",

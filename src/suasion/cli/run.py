@@ -33,19 +33,19 @@ def run_recipe(recipe: Recipe, console: Console, ranks: Ranks = ALONE) -> Summar
     """
     from suasion.cli.stages import run_stage
 
-    if all(getattr(recipe, stage) is None for stage in STAGES if stage != "report"):
+    configs = {stage: getattr(recipe, stage) for stage in STAGES if stage != "report"}
+    configs = {stage: config for stage, config in configs.items() if config is not None}
+    if not configs:
         raise ConfigError("the recipe names no stage", f"give it some of {', '.join(STAGES)}")
     set_up_processor(recipe.threads)
     out = Path(recipe.out)
     stored: dict[str, dict[str, Any]] = {}
     if ranks.first:
         write_text(out / "recipe.yaml", yaml.safe_dump(plain(asdict(recipe)), sort_keys=False))
-    for stage in STAGES:
-        config = getattr(recipe, stage)
-        if config is not None and stage != "report":
-            stored[stage] = run_stage(
-                stage, config, out / stage, seed=recipe.seed, console=console, ranks=ranks
-            )
+    for stage, config in configs.items():
+        stored[stage] = run_stage(
+            stage, config, out / stage, seed=recipe.seed, console=console, ranks=ranks
+        )
     summary = summarise(stored)
     if not ranks.first:
         return summary

@@ -142,7 +142,9 @@ def take_back(folder: Path, manifest: Manifest) -> None:
     held, waiting = _held(folder), _held(_waiting(folder))
     if waiting is None or waiting["fingerprint"] != manifest.fingerprint:
         return
-    if folder.exists() if held is None else held["fingerprint"] == manifest.fingerprint:
+    if held is None and folder.exists():
+        return
+    if held is not None and held["fingerprint"] == manifest.fingerprint:
         return
     shutil.rmtree(folder, ignore_errors=True)
     _waiting(folder).rename(folder)
@@ -150,18 +152,20 @@ def take_back(folder: Path, manifest: Manifest) -> None:
 
 def _set_aside(folder: Path) -> None:
     """Let a stage wait while it is made anew; one that is finished rather than one that is not."""
+    if _held(folder) is None:
+        return
     waiting = _waiting(folder)
-    if _held(waiting) is None and waiting.exists():
+    if waiting.exists() and _held(waiting) is None:
         raise ConfigError(
             f"{folder} is to wait in {waiting}, which suasion did not write",
             "give that one another name",
         )
-    if _ours(folder / MANIFEST) is None and waiting.exists():
+    if waiting.exists() and _ours(folder / MANIFEST) is None:
         shutil.rmtree(folder, ignore_errors=True)
-    elif folder.exists():
-        with storage_errors(waiting):
-            shutil.rmtree(waiting, ignore_errors=True)
-            folder.rename(waiting)
+        return
+    with storage_errors(waiting):
+        shutil.rmtree(waiting, ignore_errors=True)
+        folder.rename(waiting)
 
 
 def _waiting(folder: Path) -> Path:

@@ -13,18 +13,17 @@ NEVER = -1
 KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 """Variable that limits how many kernels torch's library for matrix products keeps ready."""
 KEPT_KERNELS = 128
-"""Those of one iteration. Its own limit is 1024: for a model of 0.1 B parameters more than half a
-gigabyte, since batches of every length have kernels of their own."""
+"""Those of one iteration. Its own limit is 1024, which takes far more memory, since batches of every
+length have kernels of their own."""
 
 
 def reuse_memory() -> bool:
     """Keep the memory of freed tensors for the next ones, and few kernels.
 
     By itself the C library hands every large tensor's memory back to the system, which must clear
-    it page by page for the next one: a fifth of an update on a processor, most of all in virtual
-    machines. The peak is the same to a few percent, but what was taken stays taken. What the
-    environment says about either comes first, and other C libraries are left alone. To be called
-    before torch computes.
+    it page by page for the next one, which takes long in virtual machines most of all. The peak is
+    about the same, but what was taken stays taken. What the environment says about either comes
+    first, and other C libraries are left alone. To be called before torch computes.
 
     Returns:
         Whether freed memory is kept.

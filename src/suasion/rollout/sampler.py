@@ -238,16 +238,12 @@ def _invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1]
-    threshold = torch.minimum(uniform * total, _below(total))[:, None]
+    below = torch.nextafter(total, torch.zeros_like(total))
+    threshold = torch.minimum(uniform * total, below)[:, None]
     place = torch.searchsorted(cumulative, threshold, right=True)
     weight = weights.gather(-1, place).double()
     rest = (threshold - cumulative.gather(-1, place) + weight) / weight
     return place[:, 0], rest[:, 0].clamp(min=0.0)
-
-
-def _below(number: Tensor) -> Tensor:
-    """The next smaller float."""
-    return torch.nextafter(number, torch.zeros_like(number))
 
 
 def _filtered(probs: Tensor, sampling: Sampling) -> Tensor:

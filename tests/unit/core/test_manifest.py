@@ -209,6 +209,15 @@ def test_what_is_begun_waits_too(source: Path, tmp_path: Path) -> None:
     assert m.claim(folder, manifest), "it goes on"
 
 
+def test_nothing_waits_where_nothing_was(source: Path, tmp_path: Path) -> None:
+    """An empty folder leaves none beside it, nor does another's there matter."""
+    for name in ("empty", "new"):
+        folder, waiting = tmp_path / name, tmp_path / f"{name}.before"
+        (folder if name == "empty" else waiting).mkdir()
+        assert not m.claim(folder, describe(source))
+        assert waiting.exists() is (name == "new")
+
+
 def test_another_s_folder_is_not_waited_in(source: Path, tmp_path: Path) -> None:
     """Nothing is overwritten that suasion did not write."""
     folder = tmp_path / "out"
