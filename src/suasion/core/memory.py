@@ -13,8 +13,8 @@ NEVER = -1
 KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 """Variable that limits how many kernels torch's library for matrix products keeps ready."""
 KEPT_KERNELS = 128
-"""Those of one iteration. Its own limit is 1024, which takes far more memory, since batches of every
-length have kernels of their own."""
+"""Those of one iteration. Its own limit is 1024, which takes far more memory, since batches of
+every length have kernels of their own."""
 
 
 def reuse_memory() -> bool:

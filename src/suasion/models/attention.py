@@ -11,16 +11,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from suasion.models.modes import modes_kept
+from suasion.models.packing import Batch, batches, one_by_one, together
 
 NAME = "suasion"
 """Of the attention implementation, as in `model.set_attn_implementation(NAME)`."""
@@ -34,37 +35,39 @@ class Packed:
 
     lengths: tuple[int, ...]
     """Tokens of each sequence, in order; they fill the row."""
+    device: torch.device
+    """Of the row."""
 
-    def positions(self, device: torch.device) -> Tensor:
+    @cached_property
+    def parts(self) -> tuple[Batch, ...]:
+        """The sequences, sorted into batches once for all layers."""
+        return batches(self.lengths, self.device)
+
+    def positions(self) -> Tensor:
         """Position ids of the row, int64, [1, N]: each sequence begins at 0."""
-        each = [torch.arange(length) for length in self.lengths]
-        return torch.cat(each)[None].to(device)
+        return torch.cat([torch.arange(length) for length in self.lengths])[None].to(self.device)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: float | None
+    ) -> Tensor:
         """Causal attention within each sequence.
 
         Args:
             query: [1, H, N, D].
             key: [1, H, N, D].
             value: [1, H, N, D].
-            options: Scale and dropout of the library's kernel.
+            dropout: Chance of each weight to be left out.
+            scale: Of the scores; None for one over the square root of D.
 
         Returns:
-            [1, H, N, D].
+            [1, N, H, D], in the values' type: where positions are rotated in float32, queries and
+            keys come in that.
         """
-        device, given = query.device.type, value.dtype
-        # The processor's backward kernel takes three times as long in bf16 as in float32. Nor do
-        # queries and keys always come in the values' type: positions are rotated in float32.
-        query, key = query.to(given), key.to(given)
-        if device == "cpu" and query.requires_grad and given is torch.bfloat16:
-            query, key, value = query.float(), key.float(), value.float()
-        parts = zip(*(x.split(self.lengths, dim=2) for x in (query, key, value)), strict=True)
-        with torch.autocast(device, enabled=False):
-            done = [
-                scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, **options)
-                for q, k, v in parts
-            ]
-        return torch.cat(done, dim=2).to(given)
+        rows = [x.to(value.dtype)[0].transpose(0, 1) for x in (query, key, value)]
+        with torch.autocast(self.device.type, enabled=False):
+            if self.device.type == "cpu" and not dropout:
+                return one_by_one(*rows, self.lengths, scale)[None]
+            return together(*rows, self.parts, dropout_p=dropout, scale=scale)[None]
 
 
 def attention(
@@ -85,8 +88,7 @@ def attention(
         )
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    out = packed.attend(query, key, value, dropout_p=dropout, scale=scaling)
-    return out.transpose(1, 2).contiguous(), None
+    return packed.attend(query, key, value, dropout, scaling), None
 
 
 AttentionInterface.register(NAME, attention)
@@ -105,10 +107,10 @@ def run_packed(trunk: Any, ids: Tensor, lengths: Sequence[int], cache: Any | Non
     Returns:
         [N, D].
     """
-    packed = Packed(tuple(lengths))
+    packed = Packed(tuple(lengths), ids.device)
     out = trunk(
         input_ids=ids[None],
-        position_ids=packed.positions(ids.device),
+        position_ids=packed.positions(),
         # Four axes: the library takes it for a mask already made, and makes none.
         attention_mask=torch.zeros(1, 1, 1, 1, device=ids.device),
         packed=packed,

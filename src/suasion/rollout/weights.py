@@ -70,19 +70,29 @@ class _Converter:
         self._dtype = dtype
         self._rounded, self._turned = Workspace(), Workspace()
 
-    def layer(self, layer: Any) -> Product | None:
-        """What a linear layer computes under autocast, with its weight converted beforehand."""
+    def layer(self, layer: Any, more: Tensor | None = None) -> Product | None:
+        """What a linear layer computes under autocast, with its weight converted beforehand.
+
+        Args:
+            layer: Any module; None is returned for one that is no plain linear layer in float32.
+            more: Rows to compute with besides the weight's, [r, in]; there is no bias for them.
+        """
         plain = type(layer) in (nn.Linear, Conv1D) and "forward" not in vars(layer)
         if not plain or layer.weight.dtype is not torch.float32:
             return None
         dtype, data = self._dtype, layer.weight.data
         bias = None if layer.bias is None else layer.bias.data.to(dtype)
+        if bias is not None and more is not None:
+            bias = nn.functional.pad(bias, (0, len(more)))
         if not _can_order(data, dtype):
             weight = (data.t() if isinstance(layer, Conv1D) else data).to(dtype).contiguous()
+            weight = weight if more is None else torch.cat([weight, more])
             return lambda x: nn.functional.linear(x.to(dtype), weight, bias)
         weight = self._rounded.unpacked(data, dtype)
         if isinstance(layer, Conv1D):
             weight = self._turned.unpacked(weight.t(), dtype)
+        if more is not None:
+            weight = torch.cat([weight, more])
         ordered = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)  # noqa: SLF001
         product = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001
         return lambda x: product(x.to(dtype), ordered, bias, "none", [], "")
@@ -91,20 +101,18 @@ class _Converter:
         """The same of a layer with one adapter, whose two products are added to its own."""
         if not isinstance(layer, LoraLayer) or "forward" in vars(layer) or not _is_plain(layer):
             return None
-        base = self.layer(layer.get_base_layer())
-        if base is None:
-            return None
         (name,) = layer.active_adapters
         lora: Any = layer
-        dtype = self._dtype
-        first = lora.lora_A[name].weight.data.to(dtype)
-        second = (lora.lora_B[name].weight.data * lora.scaling[name]).to(dtype).t()
+        first = lora.lora_A[name].weight.data.to(self._dtype)
+        second = (lora.lora_B[name].weight.data * lora.scaling[name]).to(self._dtype).t()
+        both = self.layer(lora.get_base_layer(), first)
+        if both is None:
+            return None
+        sizes = [second.shape[1], len(first)]
 
         def product(x: Tensor) -> Tensor:
-            x = x.to(dtype)
-            own = base(x)
-            low = nn.functional.linear(x, first).flatten(0, -2)
-            return torch.addmm(own.flatten(0, -2), low, second).view(own.shape)
+            own, low = both(x).flatten(0, -2).split(sizes, dim=1)
+            return torch.addmm(own, low, second).unflatten(0, x.shape[:-1])
 
         return product
 
