@@ -63,11 +63,11 @@ class Packed:
             [1, N, H, D], in the values' type: where positions are rotated in float32, queries and
             keys come in that.
         """
-        rows = [x.to(value.dtype)[0].transpose(0, 1) for x in (query, key, value)]
+        q, k, v = (x.to(value.dtype)[0].transpose(0, 1) for x in (query, key, value))
         with torch.autocast(self.device.type, enabled=False):
             if self.device.type == "cpu" and not dropout:
-                return one_by_one(*rows, self.lengths, scale)[None]
-            return together(*rows, self.parts, dropout_p=dropout, scale=scale)[None]
+                return one_by_one(q, k, v, self.lengths, scale)[None]
+            return together(q, k, v, self.parts, dropout_p=dropout, scale=scale)[None]
 
 
 def attention(

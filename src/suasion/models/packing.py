@@ -101,11 +101,11 @@ class Batch:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """Causal attention within each sequence, [N, H, D] -> [its real tokens, H, D]."""
-        inputs = (
+        q, k, v = (
             x.index_select(0, self.rows).unflatten(0, (self.count, -1)).transpose(1, 2)
             for x in (query, key, value)
         )
-        out = scaled_dot_product_attention(*inputs, is_causal=True, **options)
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, **options)
         return out.transpose(1, 2).flatten(0, 1)[self.real]
 
 
