@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from suasion.models.attention import builds_kernels, run_packed, spare_tokens
 from suasion.models.roles import Policy
+from suasion.rollout.graphs import KEYS, SHORT, Replayed, recorder, rows_in_steps
 
 ROWS = 4
 """Rows come in multiples of this, where that saves building kernels."""
@@ -97,8 +98,13 @@ class SlotDecoder:
         self._slots = min(slots, len(queries))
         self._waiting = sorted(range(len(queries)), key=lambda i: len(queries[i]))
         room = max(len(query) + limit for query, limit in zip(queries, limits, strict=True))
-        self._step = ROWS if builds_kernels() else 1
-        self._cache = SlotCache(self._slots + -self._slots % self._step, room)
+        record = recorder(policy.device) if max(limits) > SHORT else None
+        self._replayed = None if record is None else Replayed(self._step, record)
+        self._multiple = ROWS if builds_kernels() else 1
+        self._cache = SlotCache(
+            self._slots + -self._slots % self._multiple,
+            room if record is None else room + -room % KEYS,
+        )
         self._rows = torch.empty(0, dtype=torch.long, device=policy.device)
         self._filled = self._rows.clone()  # tokens in each slot
         kind = policy.device.type
@@ -148,12 +154,19 @@ class SlotDecoder:
         return last[torch.tensor(order, device=device)]
 
     def _decode(self, token: Tensor) -> Tensor:
-        count, longest = len(token), int(self._filled.max()) + 1
+        count, keys = len(token), int(self._filled.max()) + 1
         # Rows that nobody reads, in free slots: kernels are built for every number of rows.
-        spare = -count % self._step
-        at, token = (functional.pad(row, (0, spare)) for row in (self._filled, token))
-        self._cache.expect_tokens(at, longest)
-        unseen = torch.arange(longest, device=at.device) > at[:, None]
+        rows = count + -count % self._multiple
+        if self._replayed is not None:
+            rows, keys = rows_in_steps(count, self._slots), keys + -keys % KEYS
+        at, token = (functional.pad(row, (0, rows - count)) for row in (self._filled, token))
+        hidden = (self._replayed or self._step)(token, at, keys)
+        self._filled = self._filled + 1
+        return hidden[:count]
+
+    def _step(self, token: Tensor, at: Tensor, keys: int) -> Tensor:
+        self._cache.expect_tokens(at, keys)
+        unseen = torch.arange(keys, device=at.device) > at[:, None]
         # Added to the scores; of a mask of bools, each layer would make this again.
         mask = torch.zeros(unseen.shape, dtype=self._dtype, device=at.device)
         mask.masked_fill_(unseen, -torch.inf)
@@ -164,8 +177,8 @@ class SlotDecoder:
             past_key_values=self._cache,
             use_cache=True,
         )
-        self._filled = self._filled + 1
-        return out.last_hidden_state[:count, -1]
+        hidden: Tensor = out.last_hidden_state[:, -1]
+        return hidden
 
     def _close_gaps(self, token: Tensor, live: Tensor) -> Tensor:
         """Move the last live slots into those that ended, so that live ones come first."""
