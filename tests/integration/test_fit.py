@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from rich.console import Console
 from torch import Tensor
 
 from suasion.config.schema import LoraConfig, SftConfig
 from suasion.core.files import read_json_lines
+from suasion.models import lowrank
 from suasion.models.adapters import add_lora
 from suasion.models.load import fresh_causal_lm, train_tokenizer
 from suasion.models.roles import Policy
@@ -35,7 +37,7 @@ def blocks() -> Blocks:
     return Blocks(ids.repeat(ROWS // 4, 1).numpy())
 
 
-def model_of(*, lora: bool = False) -> Any:
+def model_of(*, lora: bool = False, dropout: float = 0.3) -> Any:
     """The same fresh model each time; adapters with dropout, so that randomness counts."""
     tokenizer = train_tokenizer(["a few words"], 260)
     model = fresh_causal_lm(
@@ -44,7 +46,7 @@ def model_of(*, lora: bool = False) -> Any:
     if not lora:
         return model
     torch.manual_seed(2)
-    return add_lora(model, LoraConfig(r=4, dropout=0.3))
+    return add_lora(model, LoraConfig(r=4, dropout=dropout))
 
 
 def config_of(**changes: Any) -> SftConfig:
@@ -103,6 +105,33 @@ def test_the_loss_is_the_librarys() -> None:
         found.append([loss.detach(), *(p.grad for p in model.parameters())])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_adapters_in_bf16_learn_the_same_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each layer and its adapter are one function, which learns what the two apart learn."""
+    used: list[int] = []
+    usual = lowrank._AtOnce.apply  # noqa: SLF001
+
+    def counted(*arguments: Any) -> Any:
+        used.append(1)
+        return usual(*arguments)
+
+    found = []
+    for at_once in (True, False):
+        with monkeypatch.context() as patched:
+            patched.setattr(lowrank._AtOnce, "apply", counted)  # noqa: SLF001
+            if not at_once:
+                patched.setattr(lowrank, "is_plain", lambda _: False)
+            model = model_of(lora=True, dropout=0.0)
+            train(model, tmp_path / str(at_once), config_of(precision="bf16"))
+        rows = read_json_lines(tmp_path / str(at_once) / "metrics.jsonl")
+        found.append([row["loss"] for row in rows])
+    layers = sum(isinstance(module, LoraLayer) for module in model_of(lora=True).modules())
+    assert len(used) == 12 * layers
+    assert found[0] == pytest.approx(found[1], abs=0.02)
+    assert found[0][-1] < found[0][0] - 0.1
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -66,12 +66,11 @@ class _OneByOne(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, out = ctx.saved_tensors[:4]
+        query, key, value, out, *totals = ctx.saved_tensors
         wide = torch.promote_types(out.dtype, torch.float32)
-        given = (_apart(x, ctx.lengths) for x in (grad, *saved, out))
-        grads = [torch.empty(x.shape, dtype=x.dtype) for x in saved]
+        given = (_apart(x, ctx.lengths) for x in (grad, query, key, value, out))
+        grads = [torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value)]
         wanted = (_apart(x, ctx.lengths) for x in grads)
-        totals = ctx.saved_tensors[4:]
         for total, *parts in zip(totals, *given, *wanted, strict=True):
             inputs = [x.to(wide) for x in parts[:5]]
             found = _flash_backward(*inputs, total, dropout_p=0.0, is_causal=True, scale=ctx.scale)

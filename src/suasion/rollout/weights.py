@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from suasion.models.frozen import Workspace
+from suasion.models.lowrank import LINEAR, is_plain
 from suasion.models.roles import Policy
 
 ROWS = 16
@@ -77,7 +78,7 @@ class _Converter:
             layer: Any module; None is returned for one that is no plain linear layer in float32.
             more: Rows to compute with besides the weight's, [r, in]; there is no bias for them.
         """
-        plain = type(layer) in (nn.Linear, Conv1D) and "forward" not in vars(layer)
+        plain = type(layer) in LINEAR and "forward" not in vars(layer)
         if not plain or layer.weight.dtype is not torch.float32:
             return None
         dtype, data = self._dtype, layer.weight.data
@@ -99,7 +100,7 @@ class _Converter:
 
     def adapted(self, layer: Any) -> Product | None:
         """The same of a layer with one adapter, whose two products are added to its own."""
-        if not isinstance(layer, LoraLayer) or "forward" in vars(layer) or not _is_plain(layer):
+        if not isinstance(layer, LoraLayer) or "forward" in vars(layer) or not is_plain(layer):
             return None
         (name,) = layer.active_adapters
         lora: Any = layer
@@ -115,20 +116,6 @@ class _Converter:
             return torch.addmm(own, low, second).unflatten(0, x.shape[:-1])
 
         return product
-
-
-def _is_plain(layer: Any) -> bool:
-    """Whether a layer with adapters computes `base(x) + scaling * B(A(x))` and nothing else."""
-    names = layer.active_adapters
-    return (
-        len(names) == 1
-        and names[0] in layer.lora_A
-        and not layer.disable_adapters
-        and not layer.merged
-        and not layer.lora_variant
-        and layer.lora_B[names[0]].bias is None
-        and not (layer.training and getattr(layer.lora_dropout[names[0]], "p", 0.0))
-    )
 
 
 def _can_order(weight: Tensor, dtype: torch.dtype) -> bool:

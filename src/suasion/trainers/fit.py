@@ -32,6 +32,7 @@ from suasion.core.ranks import ALONE, Ranks, checksum
 from suasion.core.seeding import seed_of
 from suasion.models.arithmetic import arithmetic_for, float32_products
 from suasion.models.load import device_for_training
+from suasion.models.lowrank import adapters_at_once
 from suasion.trainers.ordering import Ordered, length_grouped
 
 COMPLETE = "complete"
@@ -131,7 +132,11 @@ def fit(
         # Where the base is itself an adapter's folder; only peft's own checkpoints look for it.
         warnings.filterwarnings("ignore", message="Could not find a config file")
         try:
-            with _calls_give(model, loss), float32_products(arithmetic.training):
+            with (
+                _calls_give(model, loss),
+                adapters_at_once(model),
+                float32_products(arithmetic.training),
+            ):
                 outcome = trainer.train(resume_from_checkpoint=str(newest) if newest else None)
                 # The library leaves its own precision in `forward`; what is next has another.
                 trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from suasion.functional import statistics
 from suasion.functional.masking import masked_sum, whiten
+from suasion.models.lowrank import adapters_at_once
 from suasion.models.roles import Critic, Policy
 from suasion.rollout.experience import Experience, Penalty, token_budget
 
@@ -216,9 +217,10 @@ class PolicyTrainer:
         seen = _Seen()
         tokens = int(self.sum_over_ranks(experience.mask[list(own)].sum()))
         self.optimizer.zero_grad(set_to_none=True)
-        for part in token_budget(experience.lengths, s.micro_batch_tokens, own):
-            at = [position[row] for row in part]
-            self._backward(experience, part, advantages[at], seen, tokens, critic_only=critic_only)
+        with adapters_at_once(self.policy.model, self.critic.module):
+            for part in token_budget(experience.lengths, s.micro_batch_tokens, own):
+                gains = advantages[[position[row] for row in part]]
+                self._backward(experience, part, gains, seen, tokens, critic_only=critic_only)
         values = self.all_tokens(seen.all())
         stats = self._statistics(values, experience.loss_kl_coef)
         if observe is not None:

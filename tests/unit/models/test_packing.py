@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from suasion.models.packing import ALIKE, batches, one_by_one, together
 
@@ -91,6 +92,21 @@ def test_half_precision_is_as_exact_as_torchs_own() -> None:
         found.append([out, *torch.autograd.grad(out, given_, slope)])
     for ours, theirs, exact in zip(*found, strict=True):
         assert (ours.double() - exact).norm() <= 1.01 * (theirs.double() - exact).norm()
+
+
+def test_computed_again_under_checkpointing() -> None:
+    """Saved tensors are asked for once, as recomputation wants it."""
+    given_, slope = inputs(torch.float32, LENGTHS)
+    found = []
+    for again in (False, True):
+        out = (
+            checkpoint(one_by_one, *given_, LENGTHS, None, use_reentrant=False)
+            if again
+            else one_by_one(*given_, LENGTHS, None)
+        )
+        found.append(torch.autograd.grad(out, given_, slope))
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=12))

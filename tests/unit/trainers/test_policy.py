@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -100,6 +100,31 @@ def weights(trainer: PolicyTrainer) -> dict[str, torch.Tensor]:
     """Everything that learns."""
     named = [*trainer.policy.model.named_parameters(), *trainer.critic.module.named_parameters()]
     return {name: parameter.detach().clone() for name, parameter in named}
+
+
+def test_backward_passes_have_adapters_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The policy's and the critic's, where they have any."""
+    trainer = trainer_of(micro_batch_tokens=40)
+    experience = experience_for(trainer)
+    inside: list[tuple[object, ...]] = []
+    seen: list[tuple[object, ...]] = []
+    backward = trainer._backward  # noqa: SLF001
+
+    @contextmanager
+    def watched(*models: object) -> Iterator[None]:
+        inside.append(models)
+        yield
+        inside.pop()
+
+    def step(*arguments: Any, **named: Any) -> None:
+        seen.extend(inside)
+        backward(*arguments, **named)
+
+    monkeypatch.setattr("suasion.trainers.policy.adapters_at_once", watched)
+    monkeypatch.setattr(trainer, "_backward", step)
+    train(trainer, experience)
+    assert len(seen) > 1
+    assert set(seen) == {(trainer.policy.model, trainer.critic.module)}
 
 
 def test_the_first_mini_batch_starts_where_the_rollout_was() -> None:
