@@ -7,6 +7,7 @@ told which token was drawn and which responses go on, and gives the next ones.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -99,17 +100,16 @@ class SlotDecoder:
         self._waiting = sorted(range(len(queries)), key=lambda i: len(queries[i]))
         room = max(len(query) + limit for query, limit in zip(queries, limits, strict=True))
         record = recorder(policy.device) if max(limits) > SHORT else None
-        self._replayed = None if record is None else Replayed(self._step, record)
         self._multiple = ROWS if builds_kernels() else 1
         self._cache = SlotCache(
             self._slots + -self._slots % self._multiple,
             room if record is None else room + -room % KEYS,
         )
+        # Of no method: what refers to itself keeps its memory until Python looks for such things.
+        self._step = partial(_step, policy, self._cache)
+        self._replayed = None if record is None else Replayed(self._step, record)
         self._rows = torch.empty(0, dtype=torch.long, device=policy.device)
         self._filled = self._rows.clone()  # tokens in each slot
-        kind = policy.device.type
-        half = torch.is_autocast_enabled(kind)
-        self._dtype = torch.get_autocast_dtype(kind) if half else policy.trunk.dtype
 
     def start(self) -> tuple[Tensor, Tensor]:
         """As many prompts as there are slots."""
@@ -164,22 +164,6 @@ class SlotDecoder:
         self._filled = self._filled + 1
         return hidden[:count]
 
-    def _step(self, token: Tensor, at: Tensor, keys: int) -> Tensor:
-        self._cache.expect_tokens(at, keys)
-        unseen = torch.arange(keys, device=at.device) > at[:, None]
-        # Added to the scores; of a mask of bools, each layer would make this again.
-        mask = torch.zeros(unseen.shape, dtype=self._dtype, device=at.device)
-        mask.masked_fill_(unseen, -torch.inf)
-        out = self._policy.trunk(
-            input_ids=token[:, None],
-            position_ids=at[:, None],
-            attention_mask=mask[:, None, None],
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        hidden: Tensor = out.last_hidden_state[:, -1]
-        return hidden
-
     def _close_gaps(self, token: Tensor, live: Tensor) -> Tensor:
         """Move the last live slots into those that ended, so that live ones come first."""
         count = int(live.sum())
@@ -191,6 +175,27 @@ class SlotDecoder:
                 row[holes] = row[movers]
         self._rows, self._filled = self._rows[:count], self._filled[:count]
         return token[:count]
+
+
+def _step(policy: Policy, cache: SlotCache, token: Tensor, at: Tensor, keys: int) -> Tensor:
+    """Run one token of each of the first slots, which look at `keys` places at most."""
+    cache.expect_tokens(at, keys)
+    kind = at.device.type
+    half = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if half else policy.trunk.dtype
+    unseen = torch.arange(keys, device=at.device) > at[:, None]
+    # Added to the scores; of a mask of bools, each layer would make this again.
+    mask = torch.zeros(unseen.shape, dtype=dtype, device=at.device)
+    mask.masked_fill_(unseen, -torch.inf)
+    out = policy.trunk(
+        input_ids=token[:, None],
+        position_ids=at[:, None],
+        attention_mask=mask[:, None, None],
+        past_key_values=cache,
+        use_cache=True,
+    )
+    hidden: Tensor = out.last_hidden_state[:, -1]
+    return hidden
 
 
 class SlotCache:

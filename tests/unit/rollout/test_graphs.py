@@ -6,6 +6,8 @@ result where the first one was: as a CUDA graph does.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -65,6 +67,24 @@ def test_replayed_steps_give_the_same(
         torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
     assert record.replayed > 50
     assert record.recorded <= 6  # 1, 2, 4 (3) or 6 rows, 64 or 128 keys
+
+
+def test_memory_is_free_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and recordings of a rollout are gone when it is, without a search for cycles."""
+    monkeypatch.setattr(decoders, "recorder", lambda _: StandIn())
+    policy = Policy(tiny_model("gpt2").eval(), 1.0)
+    gc.disable()
+    try:
+        with torch.no_grad():
+            decoder = decoders.SlotDecoder(policy, QUERIES, LIMITS, 4)
+            rows, _ = decoder.start()
+            decoder.advance(rows + 5, torch.ones(len(rows), dtype=torch.bool))
+        cache = weakref.ref(decoder._cache)  # noqa: SLF001
+        assert cache() is not None
+        del decoder
+        assert cache() is None
+    finally:
+        gc.enable()
 
 
 def test_short_responses_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
