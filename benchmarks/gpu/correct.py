@@ -58,7 +58,7 @@ def prompts_of(lengths: Sequence[int], *, seed: int) -> list[list[int]]:
 def rolled_out(policy: Policy, autocast: Autocast, *, greedy: bool) -> Rollout:
     """Responses to prompts of unlike length, some long enough for steps to be recorded."""
     prompts = prompts_of((5, 17, 9, 30, 3, 12), seed=2)
-    limits = [20, 7, 64, 15, 2 * SHORT, 1]
+    limits = [20, 7, 2 * SHORT, 15, 2 * SHORT, 1]
     generator = torch.Generator().manual_seed(3)
     uniforms = [torch.rand(n, generator=generator, dtype=torch.float64) for n in limits]
     with autocast():

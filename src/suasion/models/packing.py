@@ -96,7 +96,9 @@ class Batch:
     rows: Tensor
     """Their tokens' places in the row, [count * longest]; behind a sequence's end, its last."""
     real: Tensor
-    """Which of these are no filling, bool, [count * longest]."""
+    """Places in `rows` of those that are no filling, [n]."""
+    home: Tensor
+    """Their places in the row, [n]."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """Causal attention within each sequence, [N, H, D] -> [its real tokens, H, D]."""
@@ -105,7 +107,7 @@ class Batch:
             for x in (query, key, value)
         )
         out = scaled_dot_product_attention(q, k, v, is_causal=True, **options)
-        return out.transpose(1, 2).flatten(0, 1)[self.real]
+        return out.transpose(1, 2).flatten(0, 1).index_select(0, self.real)
 
 
 def batches(lengths: Sequence[int], device: torch.device) -> tuple[Batch, ...]:
@@ -125,9 +127,11 @@ def batches(lengths: Sequence[int], device: torch.device) -> tuple[Batch, ...]:
     for group in groups:
         each = torch.tensor([lengths[i] for i in group])[:, None]
         inner = torch.arange(int(each[0]))
-        rows = starts[group, None] + torch.minimum(inner, each - 1)
-        real = (inner < each).flatten()
-        found.append(Batch(len(group), rows.flatten().to(device), real.to(device)))
+        rows = (starts[group, None] + torch.minimum(inner, each - 1)).flatten()
+        # As numbers: what a mask selects, a GPU has to tell first, in every layer.
+        real = (inner < each).flatten().nonzero().squeeze(-1)
+        places = (x.to(device) for x in (rows, real, rows[real]))
+        found.append(Batch(len(group), *places))
     return tuple(found)
 
 
@@ -147,5 +151,5 @@ def together(
         [N, H, D].
     """
     out = torch.cat([part.attend(query, key, value, **options) for part in parts])
-    home = torch.cat([part.rows[part.real] for part in parts])
+    home = torch.cat([part.home for part in parts])
     return torch.empty_like(out).index_copy(0, home, out)
