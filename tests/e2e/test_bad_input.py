@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from suasion.core.manifest import alone_in
 from tests.e2e.commands import TINY, Commands, lines, read
 from tests.unit.data.dumps import TAIL, answer, question, threads, write_posts
 
@@ -139,6 +140,32 @@ def test_a_command_line_with_mistakes(
     """Names what is wrong and the nearest thing that is right."""
     assert said in suasion.refused(CONFIG, *words, cwd=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_inputs_are_looked_for_before_the_first_stage(
+    suasion: Commands, demo: Path, tmp_path: Path, out: Path
+) -> None:
+    """Of all stages at once, but for what a stage of the run will make."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"name: n\nout: {out}\nsft: {{model: {demo}/pretrain/model, data: {demo}/prepare}}\n"
+        f"ppo: {{reward: {demo}/reward/modell, data: prompts.jsonl}}\n",
+        "utf-8",
+    )
+    message = suasion.refused(MODEL, "run", path)
+    assert f"ppo.reward: no such model folder: {demo}/reward/modell" in message
+    assert "ppo.data: no such file or folder: prompts.jsonl" in message
+    assert "ppo.model" not in message
+    assert not out.exists()
+
+
+def test_a_folder_that_another_process_writes(suasion: Commands, demo: Path, out: Path) -> None:
+    """Refused until that one is done, or gone."""
+    command = ("sft", "--model", demo / "pretrain/model", "--data", demo / "prepare", "--out", out)
+    out.mkdir()
+    with alone_in(out):
+        assert f"{out} is being written by another process" in suasion.refused(CONFIG, *command)
+    suasion.done(*command, "--max_steps", "1")
 
 
 # --- models

@@ -39,6 +39,8 @@ def start(job: dict[str, Any]) -> int:
         return process
     code = 1
     try:
+        # A job in the background inherits that Ctrl-C is ignored, which is not what is tested.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.chdir(job["cwd"])
         for stream, name in ((0, os.devnull), (1, job["out"]), (2, job["err"])):
             os.dup2(os.open(name, os.O_RDWR | os.O_CREAT, 0o600), stream)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from suasion.core.errors import StorageError, SuasionError, ToldElsewhere
+from suasion.core.files import FULL
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -19,15 +20,7 @@ INTERRUPTED = 130
 FOLLOWED = 1
 """Exit code of a process that stopped because another one of its run did."""
 
-REFUSALS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EFBIG,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOTDIR,
-)
+REFUSALS = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 """What the operating system says when it will not write somewhere."""
 FULL_DISK = ("No space left", "File too large", "disk is full", "inline_container.cc")
 """How libraries that write for themselves put it; the last is torch.save cut short."""
@@ -106,18 +99,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except OSError as error:
         if error.errno in REFUSALS:
-            return _explain(_refused(str(error.filename or "the output"), error.strerror))
+            fix = "free some space" if error.errno in FULL else "write somewhere else"
+            return _explain(_refused(str(error.filename or "the output"), error.strerror, fix))
         raise
     except Exception as error:
         if any(words in str(error) for words in FULL_DISK):
-            return _explain(_refused("the output", f"the disk is full ({error})"))
+            reason = f"the disk is full ({error})"
+            return _explain(_refused("the output", reason, "free some space"))
         raise
 
 
-def _refused(where: str, reason: str | None) -> StorageError:
+def _refused(where: str, reason: str | None, fix: str) -> StorageError:
     return StorageError(
         f"cannot write {where}: {reason}",
-        "free some space and run the same command again; finished stages are kept",
+        f"{fix} and run the same command again; finished stages are kept",
     )
 
 

@@ -51,8 +51,10 @@ def plan(arguments: Sequence[str]) -> int:
     from suasion.plan.show import show
 
     card = named(options.card)
-    made = body(recipe_of(source, overrides), card, flops=options.flops)
-    show(made, Console())
+    console = Console()
+    with console.status("reckoning"):
+        made = body(recipe_of(source, overrides), card, flops=options.flops)
+    show(made, console)
     if options.json:
         write_json(Path(options.json), made.as_dict())
     if not made.fits:

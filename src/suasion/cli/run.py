@@ -29,8 +29,9 @@ def run_recipe(recipe: Recipe, console: Console, ranks: Ranks = ALONE) -> Summar
         ranks: The processes that run it.
 
     Raises:
-        SuasionError: whatever stopped a stage, or there is none.
+        SuasionError: whatever stopped a stage, or there is none, or an input is missing.
     """
+    from suasion.cli.inputs import look_for_inputs
     from suasion.cli.stages import run_stage
 
     configs = {stage: getattr(recipe, stage) for stage in STAGES if stage != "report"}
@@ -39,6 +40,7 @@ def run_recipe(recipe: Recipe, console: Console, ranks: Ranks = ALONE) -> Summar
         raise ConfigError("the recipe names no stage", f"give it some of {', '.join(STAGES)}")
     set_up_processor(recipe.threads)
     out = Path(recipe.out)
+    ranks.share(lambda: look_for_inputs(configs, out))
     stored: dict[str, dict[str, Any]] = {}
     if ranks.first:
         write_text(out / "recipe.yaml", yaml.safe_dump(plain(asdict(recipe)), sort_keys=False))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from suasion.core.errors import ConfigError, SuasionError
 from suasion.core.manifest import (
     Manifest,
     abandon,
+    alone_in,
     begin,
     changed_keys,
     claim,
@@ -183,25 +185,31 @@ def run_stage(
     decided = {key: value for key, value in values.items() if key not in inputs}
     _agree_on(stage, flat({**decided, "seed": seed}), ranks)
 
-    def start() -> tuple[Manifest, dict[str, Any] | None]:
-        _keep_apart(stage, inputs, folder)
-        manifest = begin(stage, values, inputs, seed)
-        return manifest, _claimed(stage, manifest, folder, console)
+    with ExitStack() as lock:
 
-    manifest, stored = ranks.share(start)
-    if stored is not None:
-        return stored
-    work = partial(body, config, folder, seed=seed, console=console)
-    began = time.perf_counter()
-    try:
-        result = work(ranks=ranks) if stage in TOGETHER else ranks.share(work)
-    except SuasionError:
-        if ranks.first:
-            abandon(folder)
-        raise
-    seconds = time.perf_counter() - began
-    ranks.barrier()  # nobody reads a checkpoint any more, which are about to go
-    stored = ranks.share(lambda: complete(folder, manifest, result, seconds))
+        def start() -> tuple[Manifest, dict[str, Any] | None]:
+            _keep_apart(stage, inputs, folder)
+            with alone_in(folder):
+                manifest = begin(stage, values, inputs, seed)
+                stored = _claimed(stage, manifest, folder, console)
+            if stored is None:
+                lock.enter_context(alone_in(folder))  # by now perhaps a new one of that name
+            return manifest, stored
+
+        manifest, stored = ranks.share(start)
+        if stored is not None:
+            return stored
+        work = partial(body, config, folder, seed=seed, console=console)
+        began = time.perf_counter()
+        try:
+            result = work(ranks=ranks) if stage in TOGETHER else ranks.share(work)
+        except SuasionError:
+            if ranks.first:
+                abandon(folder)
+            raise
+        seconds = time.perf_counter() - began
+        ranks.barrier()  # nobody reads a checkpoint any more, which are about to go
+        stored = ranks.share(lambda: complete(folder, manifest, result, seconds))
     console.print(f"  done in {seconds:.1f} s: {_brief(stored)}", highlight=False, markup=False)
     return stored
 

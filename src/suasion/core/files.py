@@ -6,6 +6,7 @@ run resumed after `kill -9`) never sees half of one.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -17,6 +18,8 @@ from typing import Any
 
 from suasion.core.errors import DataError, StorageError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the operating system says when there is no room."""
 PARTIAL = ".partial"
 """Suffix of what is being written; anything that carries it may be deleted."""
 
@@ -27,10 +30,11 @@ def storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        space = "free some space or " if error.errno in FULL else ""
         raise StorageError(
             f"cannot write {path}: {error.strerror or error}",
-            "free some space or choose another --out; what was finished before is kept, "
-            "and the same command continues from there",
+            f"{space}choose another --out; what was finished before is kept, and the same command "
+            "continues from there",
         ) from error
 
 

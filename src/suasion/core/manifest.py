@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,6 +31,11 @@ from suasion.core.files import (
     storage_errors,
     write_json,
 )
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 MANIFEST = "manifest.json"
 BEGUN = "begun.json"
@@ -82,6 +89,36 @@ def content_hash(source: str) -> str:
         if part not in ("", source) and Path(part).exists():
             return f"{source} of {content_hash(part)}"
     return f"name:{source}"
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Refuse to work in a stage's folder while another process does; nothing if it is not there.
+
+    The operating system keeps the lock with the folder itself and lifts it when a process ends,
+    however it ends. A file system that has no locks is taken to be used by one process.
+
+    Raises:
+        ConfigError: another process works in it.
+    """
+    if fcntl is None or not folder.is_dir():
+        yield
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(opened)
+        raise ConfigError(
+            f"{folder} is being written by another process",
+            "wait for it or stop it, or choose another --out folder",
+        ) from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(opened)
 
 
 def finished(folder: Path, manifest: Manifest) -> dict[str, Any] | None:

@@ -15,6 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from suasion.functional.autocast import product_dtype
+
 _HALF = (torch.bfloat16, torch.float16)
 ADDED = 1 << 20
 """Numbers that are added to a sum at a time."""
@@ -102,12 +104,10 @@ def linear_logprobs(
         raise ValueError(f"temperature must be positive, got {temperature}")
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
-    device = hidden.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+    dtype = product_dtype(hidden.device, hidden.dtype)
     # Recomputed logits must be bit-equal to the first ones, so the precision is settled here:
     # the backward pass runs outside the caller's autocast region.
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False):
         logprobs, entropy = _LinearLogprobs.apply(
             hidden,
             weight,

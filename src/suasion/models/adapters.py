@@ -32,8 +32,15 @@ def add_lora(
         dropout: Use the configured dropout; the policy must not.
 
     Raises:
-        ConfigError: no module has one of the names in `targets`.
+        ConfigError: no module has one of the names in `targets`, or the rank is above the width.
     """
+    width = getattr(model.config.get_text_config(), "hidden_size", config.r)
+    if config.r > width:
+        raise ConfigError(
+            f"lora.r is {config.r}, and the model is {width} wide: its adapter would be larger "
+            "than what it adapts",
+            "take a rank of 8 to 64, or 0 to train all weights",
+        )
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from suasion.core.errors import ConfigError
+from suasion.functional.autocast import product_dtype
 
 Held = Literal["fp32", "bf16", "int8", "nf4"]
 """How the weights of a frozen base are held."""
@@ -94,10 +95,8 @@ class FrozenLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
         """Outputs [..., out] of inputs [..., in], in the precision of the inputs."""
-        device = input.device.type
-        cast = torch.is_autocast_enabled(device)
-        x = input.to(torch.get_autocast_dtype(device)) if cast else input
-        with torch.autocast(device, enabled=False):
+        x = input.to(product_dtype(input.device, input.dtype))
+        with torch.autocast(input.device.type, enabled=False):
             return _FrozenProduct.apply(x, self)
 
     def dense(self, dtype: torch.dtype) -> Tensor:

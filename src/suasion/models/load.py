@@ -68,7 +68,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: there is none, or it has no EOS token.
     """
-    _require_folder(source)
+    require_model_folder(source)
     folder = Path(source)
     if folder.is_dir() and not any(
         (folder / name).is_file()
@@ -321,7 +321,7 @@ def _load(
     heads: bool = False,
     **options: Any,
 ) -> Any:
-    _require_folder(source)
+    require_model_folder(source)
     folder = Path(source)
     placed = loading_options(held, dtype, device_for_training())
     try:
@@ -374,8 +374,14 @@ def _load_adapter(kind: Any, folder: Path, **options: Any) -> Any:
     return model
 
 
-def _require_folder(source: str) -> None:
-    """A name with a separator that is no folder is a mistyped path more often than a Hub name."""
+def require_model_folder(source: str) -> None:
+    """Refuse what is neither a model folder nor a name that the Hub may know.
+
+    A name with a separator that is no folder is a mistyped path more often than a Hub name.
+
+    Raises:
+        ModelError: there is no such folder, or no model in it.
+    """
     looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
     looks_local = looks_local or ("/" in source and Path(source).parent.is_dir())
     if looks_local and not Path(source).is_dir():

@@ -123,9 +123,10 @@ def parse_size(text: str) -> int:
     if found is None:
         plain = text.strip().lower()
         close = difflib.get_close_matches(plain, KNOWN, n=1) or [k for k in KNOWN if plain in k]
-        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(KNOWN)}"
+        hint = "".join(f"did you mean {name}? " for name in close[:1])
         raise ConfigError(
-            f"--card {text}: no card of that name, and no size such as 24GB or 24GiB", hint
+            f"--card {text}: no card of that name, and no size such as 24GB or 24GiB",
+            f"{hint}known: {', '.join(KNOWN)}",
         )
     number, unit = float(found[1]), found[2].upper().removesuffix("B")
     size = int(number * _UNITS[unit])

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache
 
+from suasion.functional.autocast import product_dtype
 from suasion.models.attention import builds_kernels, run_packed, spare_tokens
 from suasion.models.roles import Policy
 from suasion.rollout.graphs import KEYS, SHORT, Replayed, recorder, rows_in_steps
@@ -180,9 +181,7 @@ class SlotDecoder:
 def _step(policy: Policy, cache: SlotCache, token: Tensor, at: Tensor, keys: int) -> Tensor:
     """Run one token of each of the first slots, which look at `keys` places at most."""
     cache.expect_tokens(at, keys)
-    kind = at.device.type
-    half = torch.is_autocast_enabled(kind)
-    dtype = torch.get_autocast_dtype(kind) if half else policy.trunk.dtype
+    dtype = product_dtype(at.device, policy.trunk.dtype)
     unseen = torch.arange(keys, device=at.device) > at[:, None]
     # Added to the scores; of a mask of bools, each layer would make this again.
     mask = torch.zeros(unseen.shape, dtype=dtype, device=at.device)

@@ -94,12 +94,17 @@ class _CudaRecorder:
         with _no_collection(), _conversions_not_kept():
             # Libraries set themselves up in a first run, which cannot be recorded.
             self._stream.wait_stream(torch.cuda.current_stream())
+            graph = torch.cuda.CUDAGraph()
             with torch.cuda.stream(self._stream):
                 function()
+                # Not `torch.cuda.graph`, which first gives back all memory kept for the update (and
+                # in older versions of torch collects garbage).
+                graph.capture_begin(pool=self._pool)
+                try:
+                    out = function()
+                finally:
+                    graph.capture_end()
             torch.cuda.current_stream().wait_stream(self._stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-                out = function()
         return graph.replay, out
 
 

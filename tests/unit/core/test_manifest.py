@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,26 @@ def test_contents_behind_a_name_count(tmp_path: Path) -> None:
     assert m.content_hash(f"pipeline:{tmp_path}#good") != pipeline
     assert m.content_hash("gpt2") == "name:gpt2"
     assert m.content_hash("package.module:score") == "name:package.module:score"
+
+
+def test_one_process_works_in_a_folder(tmp_path: Path) -> None:
+    """The second one is refused until the first one has left."""
+    refused = pytest.raises(ConfigError, match="being written by another")
+    with m.alone_in(tmp_path), refused, m.alone_in(tmp_path):
+        pass
+    with m.alone_in(tmp_path), m.alone_in(tmp_path / "not there"):
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is used all the same."""
+
+    def flock(*_: int) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with m.alone_in(tmp_path), m.alone_in(tmp_path):
+        pass
 
 
 def test_a_finished_stage_is_recognised(source: Path, tmp_path: Path) -> None:
