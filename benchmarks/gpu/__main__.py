@@ -59,7 +59,6 @@ def main(arguments: Sequence[str]) -> int:
 
     from benchmarks.gpu.correct import faults
     from benchmarks.gpu.measure import DRY, SHAPES, ceilings, measurements
-    from benchmarks.gpu.page import markdown
 
     if not given.dry and not torch.cuda.is_available():
         print("there is no GPU here; --dry runs on the processor")
@@ -75,14 +74,28 @@ def main(arguments: Sequence[str]) -> int:
     record: dict[str, Any] = {"made": made(device), "checks": checked}
     record["ceilings"] = ceilings(device, size=256 if given.dry else 8192)
     record["rows"] = []
-    for shape in [DRY] if given.dry else SHAPES:
-        for row in measurements(shape, device, record["ceilings"]["bf16 flops"]):
+    shapes = [DRY] if given.dry else SHAPES
+    rows = (
+        row for s in shapes for row in measurements(s, device, record["ceilings"]["bf16 flops"])
+    )
+    try:
+        for row in rows:
             record["rows"].append(row)
             print(f"{time.monotonic() - began:6.0f} s  {json.dumps(row)}", flush=True)
             if time.monotonic() - began > LIMIT:
-                print("time is up")
                 break
-    record["made"]["seconds"] = f"{time.monotonic() - began:.0f}"
+    except KeyboardInterrupt:  # run.sh ends what takes too long
+        print("time is up", flush=True)
+    finally:
+        record["made"]["seconds"] = f"{time.monotonic() - began:.0f}"
+        write(record)
+    return 0
+
+
+def write(record: dict[str, Any]) -> None:
+    """Print the page, and keep it where OUT says."""
+    from benchmarks.gpu.page import markdown
+
     text = markdown(record)
     out = os.environ.get("OUT")
     if out:
@@ -90,7 +103,6 @@ def main(arguments: Sequence[str]) -> int:
         Path(out, "benchmarks-gpu.md").write_text(text, encoding="utf-8")
         Path(out, "benchmarks-gpu.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     print(text)
-    return 0
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -14,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from suasion.core.records import Rollout, TokenBatch, token_batch
 from suasion.models.roles import Policy
-from suasion.rollout.graphs import SHORT
+from suasion.rollout.graphs import NO_GRAPHS, SHORT
 from suasion.rollout.sampler import Sampling, sample
 
 WORDS, PAD = 500, 499
@@ -107,7 +108,13 @@ def faults(device: torch.device) -> tuple[list[str], int]:
             model = tiny(family).to(device)
             policy = Policy(model, 1.0)
             autocast = autocast_of(precision, device)
-            rollout = rolled_out(policy, autocast, greedy=False)
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                rollout = rolled_out(policy, autocast, greedy=False)
+            slow = [str(warning.message) for warning in said if NO_GRAPHS in str(warning.message)]
+            slow += [] if policy.packs else ["sequences are padded"]
+            wrong += len(slow)
+            lines += [f"WRONG  {family} {precision} {reason}" for reason in slow]
             batch = token_batch(rollout.queries, rollout.responses, PAD)
             logprobs, gradient = exact(model, batch)
             model.zero_grad()

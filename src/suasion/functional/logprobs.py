@@ -254,8 +254,8 @@ class _Room:
 
 
 def _add_rows(total: Tensor, more: Tensor) -> None:
-    """Add to a sum in a wider type, by some rows at a time: torch makes a wide copy of these."""
-    step = max(1, ADDED // more.shape[1])
+    """Add to a sum in a wider type; by some rows on a processor, where torch makes wide copies."""
+    step = len(more) if more.is_cuda else max(1, ADDED // more.shape[1])
     for into, part in zip(total.split(step), more.split(step), strict=True):
         into += part
 

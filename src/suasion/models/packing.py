@@ -85,59 +85,63 @@ def _apart(x: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Sequences of like length of a row of tokens, [N].
+class Batches:
+    """Sequences of a row of tokens, [N], sorted into batches of like length.
 
     The shorter ones are filled up behind their end, where causal attention never looks.
     """
 
-    count: int
-    """Sequences."""
+    shapes: list[tuple[int, int]]
+    """Of each batch its sequences, and tokens of the longest."""
     rows: Tensor
-    """Their tokens' places in the row, [count * longest]; behind a sequence's end, its last."""
-    real: Tensor
-    """Places in `rows` of those that are no filling, [n]."""
+    """Places in the row of what is in the batches, one after the other, [M]; behind a sequence's
+    end, of its last token."""
     home: Tensor
-    """Their places in the row, [n]."""
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        """Causal attention within each sequence, [N, H, D] -> [its real tokens, H, D]."""
-        q, k, v = (
-            x.index_select(0, self.rows).unflatten(0, (self.count, -1)).transpose(1, 2)
-            for x in (query, key, value)
-        )
-        out = scaled_dot_product_attention(q, k, v, is_causal=True, **options)
-        return out.transpose(1, 2).flatten(0, 1).index_select(0, self.real)
+    """Where in the batches each token of the row is, [N]."""
 
 
-def batches(lengths: Sequence[int], device: torch.device) -> tuple[Batch, ...]:
+def batches(lengths: Sequence[int], device: torch.device) -> Batches:
     """Sort sequences of like length into batches: a few kernels for all, where each costs time.
 
     Args:
         lengths: Tokens of each, in the order in which they lie in the row.
         device: Of the tokens.
     """
-    starts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if not groups or lengths[index] < ALIKE * lengths[groups[-1][0]]:
             groups.append([])
         groups[-1].append(index)
-    found = []
+    rows, real = [], []
     for group in groups:
-        each = torch.tensor([lengths[i] for i in group])[:, None]
-        inner = torch.arange(int(each[0]))
-        rows = (starts[group, None] + torch.minimum(inner, each - 1)).flatten()
-        # As numbers: what a mask selects, a GPU has to tell first, in every layer.
-        real = (inner < each).flatten().nonzero().squeeze(-1)
-        places = (x.to(device) for x in (rows, real, rows[real]))
-        found.append(Batch(len(group), *places))
-    return tuple(found)
+        places, is_real = filled_up(lengths, group)
+        rows.append(places.flatten())
+        real.append(is_real.flatten())
+    held = torch.cat(real).nonzero().squeeze(-1)
+    # As numbers: what a mask selects, a GPU has to tell first, in every layer.
+    home = torch.empty(sum(lengths), dtype=torch.long).index_copy(0, torch.cat(rows)[held], held)
+    shapes = [(len(group), lengths[group[0]]) for group in groups]
+    return Batches(shapes, torch.cat(rows).to(device), home.to(device))
 
 
-def together(
-    query: Tensor, key: Tensor, value: Tensor, parts: Sequence[Batch], **options: Any
-) -> Tensor:
+def filled_up(lengths: Sequence[int], chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Where in a row some of its sequences are, filled up to one length.
+
+    Args:
+        lengths: Tokens of each sequence of the row.
+        chosen: Numbers of n of them.
+
+    Returns:
+        Places in the row [n, longest], behind a sequence's end those of its last token; and which
+        of them are no filling, bool.
+    """
+    starts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
+    each = torch.tensor([lengths[i] for i in chosen])[:, None]
+    inner = torch.arange(int(each.max()))
+    return starts[list(chosen), None] + torch.minimum(inner, each - 1), inner < each
+
+
+def together(query: Tensor, key: Tensor, value: Tensor, parts: Batches, **options: Any) -> Tensor:
     """Causal attention of sequences in batches.
 
     Args:
@@ -150,6 +154,11 @@ def together(
     Returns:
         [N, H, D].
     """
-    out = torch.cat([part.attend(query, key, value, **options) for part in parts])
-    home = torch.cat([part.home for part in parts])
-    return torch.empty_like(out).index_copy(0, home, out)
+    sizes = [count * longest for count, longest in parts.shapes]
+    inputs = (x.index_select(0, parts.rows).split(sizes) for x in (query, key, value))
+    done = []
+    for shape, *part in zip(parts.shapes, *inputs, strict=True):
+        q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in part)
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, **options)
+        done.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(done).index_select(0, parts.home)

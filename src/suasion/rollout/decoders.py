@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from suasion.functional.autocast import product_dtype
 from suasion.models.attention import builds_kernels, run_packed, spare_tokens
+from suasion.models.packing import filled_up
 from suasion.models.roles import Policy
 from suasion.rollout.graphs import KEYS, SHORT, Replayed, recorder, rows_in_steps
 
@@ -111,6 +112,7 @@ class SlotDecoder:
         self._replayed = None if record is None else Replayed(self._step, record)
         self._rows = torch.empty(0, dtype=torch.long, device=policy.device)
         self._filled = self._rows.clone()  # tokens in each slot
+        self._lengths: list[int] = []  # the same, where reading them does not wait for a GPU
 
     def start(self) -> tuple[Tensor, Tensor]:
         """As many prompts as there are slots."""
@@ -119,8 +121,9 @@ class SlotDecoder:
 
     def advance(self, token: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
         """Close gaps, run what goes on, and let waiting prompts in once a quarter is free."""
-        if not bool(live.all()):
-            token = self._close_gaps(token, live)
+        goes_on = live.tolist()
+        if not all(goes_on):
+            token = self._close_gaps(token, goes_on)
         hidden = self._decode(token) if len(token) else None
         free = self._slots - len(self._rows)
         if self._waiting and (4 * free >= self._slots or hidden is None):
@@ -133,29 +136,25 @@ class SlotDecoder:
         used = len(self._rows)
         count = min(self._slots - used, len(self._waiting))
         new = [self._waiting.pop() for _ in range(count)]
-        distinct: dict[tuple[int, ...], list[int]] = {}
-        for slot, query in enumerate(new, start=used):
-            distinct.setdefault(tuple(self._queries[query]), []).append(slot)
+        distinct: dict[tuple[int, ...], int] = {}
+        order = [distinct.setdefault(tuple(self._queries[i]), len(distinct)) for i in new]
         tokens = [token for prompt in distinct for token in prompt]
         lengths = [len(prompt) for prompt in distinct]
         spare = spare_tokens(lengths)
         lengths += spare
         device = self._policy.device
-        self._cache.expect_prompts(lengths, [*distinct.values(), *([] for _ in spare)])
+        self._cache.expect_prompts(filled_up(lengths, order)[0].to(device), used)
         ids = torch.tensor(tokens + [0] * sum(spare), device=device)
         hidden = run_packed(self._policy.trunk, ids, lengths, self._cache)
         last = hidden[torch.tensor(lengths, device=device).cumsum(0) - 1]
-        order = [0] * count
-        for index, slots in enumerate(distinct.values()):
-            for slot in slots:
-                order[slot - used] = index
-        filled = torch.tensor([len(self._queries[query]) for query in new], device=device)
-        self._filled = torch.cat([self._filled, filled])
+        filled = [len(self._queries[query]) for query in new]
+        self._lengths += filled
+        self._filled = torch.cat([self._filled, torch.tensor(filled, device=device)])
         self._rows = torch.cat([self._rows, torch.tensor(new, device=device)])
         return last[torch.tensor(order, device=device)]
 
     def _decode(self, token: Tensor) -> Tensor:
-        count, keys = len(token), int(self._filled.max()) + 1
+        count, keys = len(token), max(self._lengths) + 1
         # Rows that nobody reads, in free slots: kernels are built for every number of rows.
         rows = count + -count % self._multiple
         if self._replayed is not None:
@@ -163,18 +162,24 @@ class SlotDecoder:
         at, token = (functional.pad(row, (0, rows - count)) for row in (self._filled, token))
         hidden = (self._replayed or self._step)(token, at, keys)
         self._filled = self._filled + 1
+        self._lengths = [length + 1 for length in self._lengths]
         return hidden[:count]
 
-    def _close_gaps(self, token: Tensor, live: Tensor) -> Tensor:
+    def _close_gaps(self, token: Tensor, live: list[bool]) -> Tensor:
         """Move the last live slots into those that ended, so that live ones come first."""
-        count = int(live.sum())
-        holes = (~live[:count]).nonzero().squeeze(-1)
-        movers = live[count:].nonzero().squeeze(-1) + count
-        if len(holes):
-            self._cache.move(movers, holes, int(self._filled[movers].max()))
+        count = sum(live)
+        holes = [slot for slot in range(count) if not live[slot]]
+        movers = [slot for slot in range(count, len(live)) if live[slot]]
+        if holes:
+            for hole, mover in zip(holes, movers, strict=True):
+                self._lengths[hole] = self._lengths[mover]
+            longest = max(self._lengths[hole] for hole in holes)
+            source, target = (torch.tensor(x, device=token.device) for x in (movers, holes))
+            self._cache.move(source, target, longest)
             for row in (self._rows, self._filled, token):
-                row[holes] = row[movers]
+                row[target] = row[source]
         self._rows, self._filled = self._rows[:count], self._filled[:count]
+        self._lengths = self._lengths[:count]
         return token[:count]
 
 
@@ -212,14 +217,20 @@ class SlotCache:
         self._slots = slots
         self._room = room
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self._prompts: tuple[list[int], list[list[int]]] | None = None
+        self._prompts: tuple[Tensor, slice] | None = None
         self._at = torch.empty(0)
         self._every = torch.empty(0)
         self._longest = 0
 
-    def expect_prompts(self, lengths: list[int], slots: list[list[int]]) -> None:
-        """The next pass runs whole prompts side by side; each goes to all of its slots."""
-        self._prompts = (lengths, slots)
+    def expect_prompts(self, places: Tensor, first: int) -> None:
+        """The next pass runs whole prompts side by side.
+
+        Args:
+            places: For each slot from `first` on, where its prompt's tokens are, [n, longest]; what
+                is filled in behind a prompt's end is never looked at.
+            first: Slot.
+        """
+        self._prompts = (places, slice(first, first + len(places)))
 
     def expect_tokens(self, at: Tensor, longest: int) -> None:
         """The next pass runs one token for each of the first slots, at positions `at` [n]."""
@@ -235,11 +246,10 @@ class SlotCache:
             self._layers[layer] = (key.new_zeros(shape), value.new_zeros(shape))
         stored = self._layers[layer]
         if self._prompts is not None:
-            lengths, slots = self._prompts
+            places, slots = self._prompts
             for into, new in zip(stored, (key, value), strict=True):
-                for part, homes in zip(new[0].split(lengths, dim=1), slots, strict=True):
-                    for slot in homes:
-                        into[slot, :, : part.shape[1]] = part
+                each = new[0].index_select(1, places.flatten()).unflatten(1, places.shape)
+                into[slots, :, : places.shape[1]] = each.transpose(0, 1)
             return key, value
         for into, new in zip(stored, (key, value), strict=True):
             into[self._every, :, self._at] = new[:, :, 0]

@@ -11,6 +11,7 @@ import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ KEYS = 64
 """Recorded steps look at a multiple of this many keys, most of them masked at first."""
 SHORT = 32
 """Responses up to so many tokens are not worth recording."""
+
+NO_GRAPHS = "decoding without CUDA graphs"
+"""Begins the warning where a step cannot be recorded."""
 
 Step = Callable[[Tensor, Tensor, int], Tensor]
 """Token [n] and its place in each sequence [n], and keys to look at -> hidden states [n, D]."""
@@ -58,7 +62,7 @@ class Replayed:
             except RuntimeError as error:
                 self._record = None
                 reason = str(error).partition("\n")[0]
-                warnings.warn(f"decoding without CUDA graphs: {reason}", stacklevel=2)
+                warnings.warn(f"{NO_GRAPHS}: {reason}", stacklevel=2)
         recorded = self._held.get(size)
         return self._step(token, at, keys) if recorded is None else recorded(token, at)
 
@@ -80,32 +84,51 @@ class _Recorded:
 
 def recorder(device: torch.device) -> Record | None:
     """How steps are recorded on a device; None where launching costs nothing."""
-    return _CudaRecorder() if device.type == "cuda" else None
+    return _record if device.type == "cuda" else None
 
 
-class _CudaRecorder:
-    """Makes graphs that share their memory: no result is read after another graph has run."""
-
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()
-
-    def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        with _no_collection(), _conversions_not_kept():
-            # Libraries set themselves up in a first run, which cannot be recorded.
-            self._stream.wait_stream(torch.cuda.current_stream())
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.stream(self._stream):
+def _record(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """Make a graph. All share their memory: no result is read after another one has run."""
+    stream, pool = _apart(torch.cuda.current_device())
+    here = torch.cuda.current_stream()
+    graph = torch.cuda.CUDAGraph()
+    stream.wait_stream(here)
+    try:
+        with _no_collection(), _conversions_not_kept(), torch.cuda.stream(stream):
+            # Libraries set themselves up in a first run, which cannot be recorded. Nor can a step
+            # that waits for the device; found out while recording, that would do lasting harm.
+            with _no_waiting():
                 function()
-                # Not `torch.cuda.graph`, which first gives back all memory kept for the update (and
-                # in older versions of torch collects garbage).
-                graph.capture_begin(pool=self._pool)
-                try:
-                    out = function()
-                finally:
-                    graph.capture_end()
-            torch.cuda.current_stream().wait_stream(self._stream)
-        return graph.replay, out
+            # Not `torch.cuda.graph`, which first gives back all memory kept for the update (and in
+            # older versions of torch collects garbage).
+            graph.capture_begin(pool=pool.id)
+            try:
+                out = function()
+            finally:
+                graph.capture_end()
+    finally:
+        here.wait_stream(stream)
+    return graph.replay, out
+
+
+@cache
+def _apart(device: int) -> tuple[torch.cuda.Stream, torch.cuda.MemPool]:
+    """Where to record on a device, and in which memory: for good, as libraries keep some for each.
+
+    A pool of its own would leave that memory reserved after every rollout.
+    """
+    return torch.cuda.Stream(device), torch.cuda.MemPool()
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Raise an error where something waits for the device."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 @contextmanager

@@ -172,12 +172,19 @@ class _Record:
 
     def _look_for_strings(self, rows: Tensor) -> None:
         """Look at the end of each text: a stop string has at most a token per byte."""
-        assert self.text_of is not None
-        longest = max(len(string.encode()) for string in self.sampling.stop_strings)
-        for row in rows.tolist():
-            end = int(self.lengths[row])
-            tail = self.text_of(self.tokens[row, max(0, end - longest - 1) : end].tolist())
-            self.by_string[row] = any(string in tail for string in self.sampling.stop_strings)
+        text_of, strings = self.text_of, self.sampling.stop_strings
+        assert text_of is not None
+        most = max(len(string.encode()) for string in strings) + 1
+        ends = self.lengths[rows]
+        back = torch.arange(-most, 0, device=rows.device)
+        # One copy from a GPU for all rows.
+        windows = self.tokens[rows[:, None], (ends[:, None] + back).clamp(min=0)].tolist()
+        tails = [
+            text_of(window[max(0, most - end) :])
+            for window, end in zip(windows, ends.tolist(), strict=True)
+        ]
+        found = [any(string in tail for string in strings) for tail in tails]
+        self.by_string[rows] = torch.tensor(found, device=rows.device)
 
     def result(self) -> Rollout:
         """What was sampled, row by row."""

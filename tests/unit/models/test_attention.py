@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 
+from suasion.models import attention
 from suasion.models.attention import NAME, STEP, can_pack, run_packed, spare_tokens
+from suasion.models.packing import one_by_one
 from tests.unit.conftest import FAMILIES, tiny_model
 
 PACKABLE = ("gpt2", "llama", "gpt_neox", "opt", "qwen2")
@@ -15,9 +19,10 @@ LENGTHS = (7, 13, 5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_who_may(family: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_who_may(family: str, dtype: torch.dtype) -> None:
     """The others keep their own attention, and are padded."""
-    model = tiny_model(family)
+    model = tiny_model(family).to(dtype)
     before = model.config._attn_implementation  # noqa: SLF001
     assert can_pack(model, model.base_model) == (family in PACKABLE)
     after = model.config._attn_implementation  # noqa: SLF001
@@ -63,6 +68,22 @@ def test_everything_else_is_the_librarys(family: str) -> None:
         found.append([out.logits[mask.bool()], text])
     for one, two in zip(*found, strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("family", PACKABLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_leak_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, family: str, dtype: torch.dtype
+) -> None:
+    """Sequences that see each other are not what they are alone."""
+
+    def as_one(*inputs: Any) -> Tensor:
+        *qkv, lengths, scale = inputs
+        return one_by_one(*qkv, [sum(lengths)], scale)
+
+    monkeypatch.setattr(attention, "one_by_one", as_one)
+    model = tiny_model(family).to(dtype)
+    assert not can_pack(model, model.base_model)
 
 
 def test_sliding_windows_are_refused() -> None:

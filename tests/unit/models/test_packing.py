@@ -113,12 +113,14 @@ def test_computed_again_under_checkpointing() -> None:
 def test_batches_hold_every_token_once(lengths: list[int]) -> None:
     """In their order, of sequences of like length."""
     found = batches(lengths, CPU)
-    places = torch.cat([part.home for part in found])
-    assert sorted(places.tolist()) == list(range(sum(lengths)))
-    for part in found:
-        assert torch.equal(part.home, part.rows[part.real])
-        longest = len(part.rows) // part.count
-        each = (part.real // longest).bincount(minlength=part.count)
+    assert torch.equal(found.rows[found.home], torch.arange(sum(lengths)))
+    assert sum(count for count, _ in found.shapes) == len(lengths)
+    real = torch.zeros(len(found.rows), dtype=torch.bool)
+    real[found.home] = True
+    for part, (count, longest) in zip(
+        real.split([count * longest for count, longest in found.shapes]), found.shapes, strict=True
+    ):
+        each = part.view(count, longest).sum(1)
         assert each.min() >= ALIKE * each.max()
         assert longest == each.max()
 
