@@ -101,7 +101,7 @@ def _record(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]
                 function()
             # Not `torch.cuda.graph`, which first gives back all memory kept for the update (and in
             # older versions of torch collects garbage).
-            graph.capture_begin(pool=pool.id)
+            graph.capture_begin(pool=pool.id)  # type: ignore[arg-type]  # as its own handles are
             try:
                 out = function()
             finally:
