@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -43,13 +44,18 @@ class Held(TorchDispatchMode):
         return result
 
     def _book(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata  # noqa: SLF001
+        owner: Any
+        if tensor.layout is torch._mkldnn:  # type: ignore[attr-defined]  # noqa: SLF001
+            # Weights in the order that a kernel wants have no storage to ask.
+            owner, key, size = tensor, id(tensor), tensor.numel() * tensor.element_size()
+        else:
+            owner = tensor.untyped_storage()
+            key, size = owner._cdata, owner.nbytes()  # noqa: SLF001
         if key in self._live:
             return
-        self._live[key] = storage.nbytes()
-        self.now += self._live[key]
-        weakref.finalize(storage, self._let_go, key).atexit = False
+        self._live[key] = size
+        self.now += size
+        weakref.finalize(owner, self._let_go, key).atexit = False
 
     def _let_go(self, key: int) -> None:
         self.now -= self._live.pop(key)

@@ -163,7 +163,11 @@ def main() -> None:
             command = [sys.executable, "-m", "benchmarks.memory.roles", "--case", case]
             command += ["--folder", name, "--base", given.base]
             done = subprocess.run(  # noqa: S603
-                command, check=True, capture_output=True, text=True, env={**os.environ, **RETURNING}
+                command,
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, **RETURNING},
             )
             found = json.loads(done.stdout.splitlines()[-1])
             alone = alone or found["peak"]

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from benchmarks.memory.held import Held
 from benchmarks.memory.roles import CASES, config_of, held_by, write_models
 from rich.console import Console
@@ -45,3 +46,13 @@ def test_four_roles_cost_little_more_than_one(folder: Path) -> None:
     print(base, alone, shared, apart)
     assert shared <= MOST * alone
     assert apart > alone + 2 * base
+
+
+def test_weights_in_the_order_of_a_kernel_count() -> None:
+    """They have no storage of their own to ask; gone with their tensor."""
+    with Held([]) as held:
+        weight = torch.ones(64, 32).to_mkldnn()
+        assert held.now == 64 * 32 * 4
+        del weight
+        assert held.now == 0
+    assert held.peak >= 64 * 32 * 4
