@@ -30,7 +30,7 @@ memory traffic (benchmarks/speed/floor.py). Memory is the largest resident size 
 iteration. suasion keeps freed memory for the next tensors, and few kernels
 (src/suasion/core/memory.py), peers as installed do not; rows that say so give both to both.
 {DISTURBED.strip()}: other processes used more than {QUIET} cores during every reading of one
-side."""
+side. What stands between suasion and the floor: [where the seconds go](benchmarks/where.md)."""
 READINGS = "Every reading: [benchmarks/readings.json](benchmarks/readings.json)."
 ROUNDS = """On this processor the faster way to multiply fp32 matrices rounds them to bf16 (see its
 error), so it is no fp32: nobody was given it, and fp32 rows use the default."""

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from benchmarks.speed import where
 from benchmarks.speed.__main__ import main
 from benchmarks.speed.floor import floor_of
 from benchmarks.speed.task import Task
@@ -76,3 +77,15 @@ def test_gpu_script_says_what_is_missing(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stdout.startswith("missing: torch, transformers")
+
+
+def test_where_the_seconds_go(tmp_path: Path) -> None:
+    """A line of the table from a profiled process; its shares are of the whole."""
+    task = Task("ours", work="rollout", shape="tiny", batch=2, response=4, iterations=3)
+    rates = {"copy_bytes_per_second": 1e10, "fp32 flops": 1e11, "fp32 error": 1e-7}
+    line = where.row(task, tmp_path, rates)
+    name, seconds, floor, *cells = line.strip("| ").split(" | ")
+    assert name.startswith("work=rollout shape=tiny")
+    assert float(seconds) > float(floor)
+    assert sum(float(cell.rstrip("%")) for cell in cells) == pytest.approx(100, abs=len(cells))
+    assert float(cells[0].rstrip("%")) > 0

@@ -20,6 +20,7 @@ from benchmarks.speed.probe import Probe
 from benchmarks.speed.rows import CLASSIC, LAST, OURS, core, growth
 from benchmarks.speed.store import Store, Summary, fastest, readings_in
 from benchmarks.speed.task import Task
+from benchmarks.speed.where import KINDS, OTHER, PYTHON, shares
 
 RATES = {
     "copy_bytes_per_second": 85e9,
@@ -286,3 +287,23 @@ def test_peers_are_pinned(path: Path) -> None:
     assert torch == (
         [pin for pin in ours if pin.startswith("torch==")] if path.stem == "torch" else []
     )
+
+
+def test_operations_are_sorted_by_kind() -> None:
+    """By their names in a profile; what no operation took is Python's."""
+    spent = {
+        "aten::addmm": 4e5,
+        "mkldnn::_linear_pointwise": 1e5,
+        "aten::_scaled_dot_product_flash_attention_for_cpu": 1e5,
+        "aten::_log_softmax": 5e4,
+        "aten::gelu_backward": 5e4,
+        "aten::copy_": 5e4,
+        "aten::mul_": 4e4,
+        "aten::sort": 1e4,
+    }
+    found = shares(spent, 2.0)
+    assert list(found) == [*KINDS, OTHER, PYTHON]
+    assert [round(share, 3) for share in found.values()] == [
+        0.25, 0.05, 0.025, 0.025, 0.0, 0.025, 0.02, 0.005, 0.6,
+    ]  # fmt: skip
+    assert sum(found.values()) == pytest.approx(1.0)
