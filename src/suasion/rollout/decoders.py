@@ -111,8 +111,7 @@ class SlotDecoder:
         self._step = partial(_step, policy, self._cache)
         self._replayed = None if record is None else Replayed(self._step, record)
         self._rows = torch.empty(0, dtype=torch.long, device=policy.device)
-        self._filled = self._rows.clone()  # tokens in each slot
-        self._lengths: list[int] = []  # the same, where reading them does not wait for a GPU
+        self._lengths: list[int] = []  # tokens in each slot; reading them does not wait for a GPU
 
     def start(self) -> tuple[Tensor, Tensor]:
         """As many prompts as there are slots."""
@@ -143,15 +142,13 @@ class SlotDecoder:
         spare = spare_tokens(lengths)
         lengths += spare
         device = self._policy.device
-        self._cache.expect_prompts(filled_up(lengths, order)[0].to(device), used)
+        places = filled_up(lengths, order)[0].to(device)
+        self._cache.expect_prompts(places, used)
         ids = torch.tensor(tokens + [0] * sum(spare), device=device)
         hidden = run_packed(self._policy.trunk, ids, lengths, self._cache)
-        last = hidden[torch.tensor(lengths, device=device).cumsum(0) - 1]
-        filled = [len(self._queries[query]) for query in new]
-        self._lengths += filled
-        self._filled = torch.cat([self._filled, torch.tensor(filled, device=device)])
+        self._lengths += [len(self._queries[query]) for query in new]
         self._rows = torch.cat([self._rows, torch.tensor(new, device=device)])
-        return last[torch.tensor(order, device=device)]
+        return hidden[places[:, -1]]
 
     def _decode(self, token: Tensor) -> Tensor:
         count, keys = len(token), max(self._lengths) + 1
@@ -159,9 +156,10 @@ class SlotDecoder:
         rows = count + -count % self._multiple
         if self._replayed is not None:
             rows, keys = rows_in_steps(count, self._slots), keys + -keys % KEYS
-        at, token = (functional.pad(row, (0, rows - count)) for row in (self._filled, token))
+        spare = rows - count
+        at = torch.tensor(self._lengths + [0] * spare, device=token.device)
+        token = functional.pad(token, (0, spare))
         hidden = (self._replayed or self._step)(token, at, keys)
-        self._filled = self._filled + 1
         self._lengths = [length + 1 for length in self._lengths]
         return hidden[:count]
 
@@ -176,10 +174,9 @@ class SlotDecoder:
             longest = max(self._lengths[hole] for hole in holes)
             source, target = (torch.tensor(x, device=token.device) for x in (movers, holes))
             self._cache.move(source, target, longest)
-            for row in (self._rows, self._filled, token):
+            for row in (self._rows, token):
                 row[target] = row[source]
-        self._rows, self._filled = self._rows[:count], self._filled[:count]
-        self._lengths = self._lengths[:count]
+        self._rows, self._lengths = self._rows[:count], self._lengths[:count]
         return token[:count]
 
 
