@@ -177,11 +177,11 @@ def _training(task: Task) -> dict[str, Any]:
 WORK = {"ppo": ppo, "rollout": rollout, "sft": supervised, "reward": judge}
 
 
-def main(text: str, root: str) -> None:
+def main(text: str, root: str, probe: Probe | None = None) -> None:
     """Do one task."""
     task = Task.parse(text)
     reuse_memory()  # as the command does
-    WORK[task.work](task, task.folder(Path(root)), Probe())
+    WORK[task.work](task, task.folder(Path(root)), probe or Probe())
 
 
 if __name__ == "__main__":

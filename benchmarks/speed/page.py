@@ -100,14 +100,15 @@ def _head(made: Mapping[str, str]) -> str:
         for name, (layers, width, heads, size) in SHAPES.items()
         if name != "tiny"
     )
+    how = HOW.format(shapes=shapes)
+    return head("Speed and memory, beside the peers", how, MEASURES, made=made, more=READINGS)
+
+
+def head(title: str, *paragraphs: str, made: Mapping[str, str], more: str = "") -> str:
+    """The beginning of a page: what it is, and when, where and how it was made."""
     told = ", ".join(f"{key} {value}" for key, value in made.items() if key != "command")
-    paragraphs = [
-        "# Speed and memory, beside the peers",
-        _fill(HOW.format(shapes=shapes)),
-        _fill(MEASURES),
-        _fill(f"Written by `{made.get('command', '')}`: {told}. {READINGS}"),
-    ]
-    return "\n\n".join(paragraphs) + "\n"
+    written = f"Written by `{made.get('command', '')}`: {told}. {more}".rstrip()
+    return "\n\n".join([f"# {title}", *map(fill, [*paragraphs, written])]) + "\n"
 
 
 def _rates(store: Store) -> str:
@@ -116,13 +117,13 @@ def _rates(store: Store) -> str:
         (name, f"{rates[f'{name} flops'] / GIGA:.0f}", f"{rates[f'{name} error']:.1e}")
         for name in MODES
     ]
-    lines = ["## The machine", "", *_table(("matrix product", "GFLOP/s", "error"), table), ""]
+    lines = ["## The machine", "", *table_lines(("matrix product", "GFLOP/s", "error"), table), ""]
     copied = rates["copy_bytes_per_second"] / GIGA
     lines.append(f"Memory copy: {copied:.0f} GB/s, read and written bytes both counted.")
     if rates["fp32 fast error"] > EXACT:
         lines += [
             "",
-            _fill(ROUNDS),
+            fill(ROUNDS),
         ]
     return "\n".join([*lines, ""])
 
@@ -137,7 +138,7 @@ def _comparison(store: Store, shape: str, family: str, compared: Sequence[Row]) 
         "work", "against", "suasion", "peer", "ratio", "target", "suasion / floor", "peer / floor",
     )  # fmt: skip
     # What has no target and was not measured in this run is left out.
-    lines = [f"## {FAMILIES[family]} {shape}", "", *_table(header, table), ""] if table else []
+    lines = [f"## {FAMILIES[family]} {shape}", "", *table_lines(header, table), ""] if table else []
     return "\n".join(lines)
 
 
@@ -168,9 +169,9 @@ def _growth(store: Store) -> str:
         for name, system in (("suasion", OURS), ("TRL 0.11.4", CLASSIC)):
             for size, found in growth_points(store, system, axis):
                 table.append((f"{axis} {size}", name, f"{found.seconds:.2f}", _memory(found)))
-    lines = ["## How cost grows", "", _fill(GROWTH), ""]
+    lines = ["## How cost grows", "", fill(GROWTH), ""]
     lines += ["![Seconds and memory as batch, response and vocabulary grow](benchmarks/growth.svg)"]
-    return "\n".join([*lines, "", *_table(("what", "system", "s", "peak"), table), ""])
+    return "\n".join([*lines, "", *table_lines(("what", "system", "s", "peak"), table), ""])
 
 
 def _detail(store: Store, compared: Sequence[Row]) -> str:
@@ -197,7 +198,7 @@ def _detail(store: Store, compared: Sequence[Row]) -> str:
     header = (
         "task", "rollout", "scoring", "update", "other", "speed", "padding", "peak", "readings",
     )  # fmt: skip
-    return "\n".join(["## Every task", "", _fill(DETAIL), "", *_table(header, table), ""])
+    return "\n".join(["## Every task", "", fill(DETAIL), "", *table_lines(header, table), ""])
 
 
 def _speed(found: Summary | None) -> str:
@@ -214,7 +215,8 @@ def _size(task: Task, axis: str) -> int:
     return task.vocabulary_size if axis == "vocabulary" else int(getattr(task, axis))
 
 
-def _table(header: Sequence[str], table: Sequence[Sequence[Any]]) -> list[str]:
+def table_lines(header: Sequence[str], table: Sequence[Sequence[Any]]) -> list[str]:
+    """A table in Markdown."""
     lines = [header, ["---"] * len(header), *table]
     return ["| " + " | ".join(map(str, cells)) + " |" for cells in lines]
 
@@ -224,5 +226,6 @@ def _plain(text: str) -> str:
     return text.replace("|", "/").replace("\n", " ")[:160]
 
 
-def _fill(text: str) -> str:
+def fill(text: str) -> str:
+    """A paragraph in lines."""
     return textwrap.fill(text, 100)

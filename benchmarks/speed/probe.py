@@ -118,6 +118,10 @@ class Probe:
             "other_cores": max(others / wall, 0.0),
             "note": self.note,
         }
-        print(json.dumps(line), flush=True)
+        self.say(line)
         self.iteration += 1
         self._began = None
+
+    def say(self, line: dict[str, Any]) -> None:
+        """Print what was measured of an iteration."""
+        print(json.dumps(line), flush=True)

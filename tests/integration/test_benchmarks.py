@@ -81,10 +81,9 @@ def test_gpu_script_says_what_is_missing(tmp_path: Path) -> None:
 
 def test_where_the_seconds_go(tmp_path: Path) -> None:
     """A line of the table from a profiled process; its shares are of the whole."""
-    task = Task("ours", work="rollout", shape="tiny", batch=2, response=4, iterations=3)
+    task = Task("profiled", work="rollout", shape="tiny", batch=2, response=4, iterations=3)
     rates = {"copy_bytes_per_second": 1e10, "fp32 flops": 1e11, "fp32 error": 1e-7}
-    line = where.row(task, tmp_path, rates)
-    name, seconds, floor, *cells = line.strip("| ").split(" | ")
+    name, seconds, floor, *cells = where.row(task, tmp_path, rates)
     assert name.startswith("work=rollout shape=tiny")
     assert float(seconds) > float(floor)
     assert sum(float(cell.rstrip("%")) for cell in cells) == pytest.approx(100, abs=len(cells))
